@@ -1,0 +1,7 @@
+"""The Simple Recurrent Unit for PyTorch, with kernels in Python: no compiler needed."""
+
+from .autograd import sru_recurrence
+from .nn import SRU, SRUCell
+
+__version__ = "0.1.0"
+__all__ = ["SRU", "SRUCell", "sru_recurrence"]

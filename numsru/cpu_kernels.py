@@ -1,0 +1,280 @@
+"""The CPU kernels, forward and backward, and the host functions that allocate their results and run them.
+
+A kernel goes through time; at each step it goes through the rows of its task (a row is one batch row in one
+direction) and along the units of a row, a loop that LLVM turns into vector instructions. No row depends on another,
+so tasks may run on any thread in any order and the result has the same bits.
+
+Kernels take one argument, the address of an array of 64-bit words: addresses and sizes, in the order in which the
+host functions list them.
+"""
+
+import ctypes
+import functools
+import pathlib
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+from numba.extending import register_jitable
+from torch import Tensor
+
+from .cpu_intrinsics import READ, fetch_add, load, store
+from .recurrence import (
+    LENGTHS,
+    MASK,
+    SKIP_INPUT,
+    SKIP_PROJECTED,
+    Options,
+    backward_step,
+    gate,
+    next_state,
+    output,
+)
+
+# Alias scopes of what the kernels write, see cpu_intrinsics: each is a separate piece of memory.
+C, H_OUT, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET, GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R = range(1, 12)
+
+# a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
+_compile = cfunc(types.void(types.int64), error_model="numpy", fastmath={"contract"})
+
+
+@register_jitable
+def _word(args, i):  # type: ignore[no-untyped-def]
+    return load(args, i, np.int64, READ)
+
+
+@register_jitable
+def _next_task(args):  # type: ignore[no-untyped-def]
+    """Take the next block of work: first row, row after the last, first unit, number of units. No rows: all is done."""
+    task = fetch_add(args, 1)
+    n_tasks, rows_per_task, units_per_task = _word(args, 1), _word(args, 2), _word(args, 3)
+    rows, H = _word(args, 5), _word(args, 7)
+    if task >= n_tasks:
+        return 0, 0, 0, 0
+    row_blocks = (rows + rows_per_task - 1) // rows_per_task
+    row, unit = task % row_blocks * rows_per_task, task // row_blocks * units_per_task
+    return row, min(row + rows_per_task, rows), unit, min(units_per_task, H - unit)
+
+
+@register_jitable
+def _is_padded(valid, padding, t, b, B):  # type: ignore[no-untyped-def]
+    if padding == LENGTHS:
+        return t >= load(valid, b, np.int64, READ)
+    if padding == MASK:
+        return load(valid, t * B + b, np.uint8, READ) != 0
+    return False
+
+
+@functools.cache
+def _forward_kernel(options: Options, real: Any) -> Any:
+    """Writes h and c. Slot s of c, modulo the number of slots, holds the states before the s-th step."""
+    version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
+    parts, size = options.parts, np.dtype(real).itemsize
+
+    @_compile
+    def forward(args):  # type: ignore[no-untyped-def]
+        L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
+        scale_x, slots = real(load(args, 8, np.float64, READ)), _word(args, 9)
+        u, x, bias, weight_c = _word(args, 10), _word(args, 11), _word(args, 12), _word(args, 13)
+        mask_c, valid, h, c = _word(args, 14), _word(args, 15), _word(args, 16), _word(args, 17)
+        while True:
+            first_row, end_row, first_unit, units = _next_task(args)
+            if first_row == end_row:
+                return
+            for s in range(L):
+                for row in range(first_row, end_row):
+                    b, d = row // D, row % D
+                    t = L - 1 - s if d == 1 else s
+                    at = row * H + first_unit
+                    h_row = h + (t * rows * H + at) * size
+                    c_prev = c + (s % slots * rows * H + at) * size
+                    c_next = c + ((s + 1) % slots * rows * H + at) * size
+                    if _is_padded(valid, padding, t, b, rows // D):
+                        for j in range(units):
+                            store(c_next, j, load(c_prev, j, real, C), C)
+                            store(h_row, j, real(0), H_OUT)
+                        continue
+                    u_row = u + ((t * rows + row) * parts * H + first_unit) * size
+                    x_row = x + (t * rows * H + at) * size
+                    mask_row = mask_c + at * size
+                    gate_row = (d * 2 * H + first_unit) * size
+                    for j in range(units):
+                        c_j = load(c_prev, j, real, C)
+                        weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
+                        weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
+                        mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
+                        skip = real(0)
+                        if skip_kind == SKIP_INPUT:
+                            skip = scale_x * load(x_row, j, real, READ)
+                        elif skip_kind == SKIP_PROJECTED:
+                            skip = load(u_row, 3 * H + j, real, READ)
+                        bias_f, bias_r = load(bias + gate_row, j, real, READ), load(bias + gate_row, H + j, real, READ)
+                        f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
+                        r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
+                        c_j = next_state(f, load(u_row, j, real, READ), c_j)
+                        store(c_next, j, c_j, C)
+                        store(h_row, j, output(c_j, r, skip, mask, nonlinearity, placement), H_OUT)
+
+    return forward
+
+
+@functools.cache
+def _backward_kernel(options: Options, real: Any) -> Any:
+    """Writes grad_u and grad_x, carries grad_c from the last step to the first in place, adds up the gates' sums."""
+    version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
+    parts, size = options.parts, np.dtype(real).itemsize
+
+    @_compile
+    def backward(args):  # type: ignore[no-untyped-def]
+        L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
+        scale_x = real(load(args, 8, np.float64, READ))
+        u, x, bias, weight_c = _word(args, 9), _word(args, 10), _word(args, 11), _word(args, 12)
+        mask_c, valid, c, grad_h = _word(args, 13), _word(args, 14), _word(args, 15), _word(args, 16)
+        grad_c, grad_u, grad_x = _word(args, 17), _word(args, 18), _word(args, 19)
+        sum_bias, sum_weight_c = _word(args, 20), _word(args, 21)
+        while True:
+            first_row, end_row, first_unit, units = _next_task(args)
+            if first_row == end_row:
+                return
+            for s in range(L - 1, -1, -1):
+                for row in range(first_row, end_row):
+                    b, d = row // D, row % D
+                    t = L - 1 - s if d == 1 else s
+                    at = row * H + first_unit
+                    x_row, grad_x_row = x + (t * rows * H + at) * size, grad_x + (t * rows * H + at) * size
+                    in_u = ((t * rows + row) * parts * H + first_unit) * size
+                    u_row, grad_u_row = u + in_u, grad_u + in_u
+                    if _is_padded(valid, padding, t, b, rows // D):
+                        for k in range(parts):
+                            for j in range(units):
+                                store(grad_u_row, k * H + j, real(0), GRAD_CANDIDATE)
+                        if skip_kind == SKIP_INPUT:
+                            for j in range(units):
+                                store(grad_x_row, j, real(0), GRAD_SKIP)
+                        continue
+                    c_prev = c + (s * rows * H + at) * size
+                    c_next = c + ((s + 1) * rows * H + at) * size
+                    grad_h_row = grad_h + (t * rows * H + at) * size
+                    grad_c_row, mask_row = grad_c + at * size, mask_c + at * size
+                    gate_row = (d * 2 * H + first_unit) * size
+                    sum_row = (row * 2 * H + first_unit) * size
+                    for j in range(units):
+                        c_j = load(c_prev, j, real, READ)
+                        weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
+                        weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
+                        mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
+                        skip = real(0)
+                        if skip_kind == SKIP_INPUT:
+                            skip = scale_x * load(x_row, j, real, READ)
+                        elif skip_kind == SKIP_PROJECTED:
+                            skip = load(u_row, 3 * H + j, real, READ)
+                        bias_f, bias_r = load(bias + gate_row, j, real, READ), load(bias + gate_row, H + j, real, READ)
+                        f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
+                        r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
+                        grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev = backward_step(
+                            load(grad_h_row, j, real, READ), load(grad_c_row, j, real, GRAD_C),
+                            load(c_next, j, real, READ), c_j, f, r, load(u_row, j, real, READ), skip, mask,
+                            weight_f, weight_r, version, nonlinearity, placement,
+                        )  # fmt: skip
+                        store(grad_c_row, j, grad_c_prev, GRAD_C)
+                        store(grad_u_row, j, grad_candidate, GRAD_CANDIDATE)
+                        store(grad_u_row, H + j, grad_forget, GRAD_FORGET)
+                        store(grad_u_row, 2 * H + j, grad_reset, GRAD_RESET)
+                        if skip_kind == SKIP_INPUT:
+                            store(grad_x_row, j, scale_x * grad_skip, GRAD_SKIP)
+                        elif skip_kind == SKIP_PROJECTED:
+                            store(grad_u_row, 3 * H + j, grad_skip, GRAD_SKIP)
+                        sum_f, sum_r = sum_bias + sum_row, sum_bias + sum_row + H * size
+                        store(sum_f, j, load(sum_f, j, real, BIAS_F) + grad_forget, BIAS_F)
+                        store(sum_r, j, load(sum_r, j, real, BIAS_R) + grad_reset, BIAS_R)
+                        if version == 2:
+                            sum_f, sum_r = sum_weight_c + sum_row, sum_weight_c + sum_row + H * size
+                            store(sum_f, j, load(sum_f, j, real, WEIGHT_F) + grad_forget * c_j, WEIGHT_F)
+                            store(sum_r, j, load(sum_r, j, real, WEIGHT_R) + grad_reset * c_j, WEIGHT_R)
+
+    return backward
+
+
+def _find_parallel() -> Any:
+    """The entry point by which compilers start an OpenMP team, from the runtime that torch itself has loaded.
+
+    So the kernels run on torch's own threads: no second pool competes with it for the cores. None where torch was
+    built with another threading library.
+    """
+    try:
+        library = ctypes.CDLL(str(next((pathlib.Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+        start = library.GOMP_parallel
+    except (StopIteration, OSError, AttributeError):
+        return None
+    start.argtypes, start.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return start
+
+
+_start_team = _find_parallel()
+_ELEMENTS_PER_THREAD = 1 << 14  # below this a thread costs more than it saves
+
+
+def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, *arguments: Tensor | int | None) -> None:
+    n_threads = max(1, min(torch.get_num_threads(), L * rows * H // _ELEMENTS_PER_THREAD))
+    row_blocks = min(rows, n_threads)
+    rows_per_task = -(-rows // row_blocks)
+    # Where there are too few rows, their units are shared out, a whole number of cache lines to each thread.
+    unit_blocks = n_threads // row_blocks
+    units_per_task = -(-H // (unit_blocks * 64)) * 64 if unit_blocks > 1 else H
+    n_tasks = -(-rows // rows_per_task) * -(-H // units_per_task)
+    words = np.array(
+        [0, n_tasks, rows_per_task, units_per_task, L, rows, D, H, 0]
+        + [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments],
+        np.int64,
+    )
+    words[8:9].view(np.float64)[0] = scale_x
+    address = words.ctypes.data
+    if n_threads == 1:
+        kernel.ctypes(address)
+    elif _start_team is not None:
+        _start_team(kernel.address, address, n_threads, 0)
+    else:
+        team = [threading.Thread(target=kernel.ctypes, args=(address,)) for _ in range(n_threads)]
+        for thread in team:
+            thread.start()
+        for thread in team:
+            thread.join()
+
+
+def _real(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def forward(
+    options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
+    mask_c: Tensor | None, valid: Tensor | None, scale_x: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """h, c_n and, with `save_c`, what backward needs of c: the states of all steps, (L + 1, B, D*H)."""
+    L, B, D, _, H = u.shape
+    slots = L + 1 if options.save_c else 2
+    h, c = u.new_empty(L, B, D * H), u.new_empty(slots, B, D * H)
+    if c_0 is None:
+        c[0].zero_()
+    else:
+        c[0] = c_0
+    if c[0].numel():
+        arguments = u, x, bias, weight_c, mask_c, valid, h, c
+        _run(_forward_kernel(options, _real(u.dtype)), L, B * D, D, H, scale_x, slots, *arguments)
+    return h, c[L % slots].clone(), c if options.save_c else None
+
+
+def backward(
+    options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, mask_c: Tensor | None,
+    valid: Tensor | None, scale_x: float, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of u, x, bias, weight_c and c_0."""
+    L, B, D, _, H = u.shape
+    grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
+    grad_c, sum_bias = grad_c_n.clone(), u.new_zeros(B, D, 2, H)
+    sum_weight_c = None if weight_c is None else torch.zeros_like(sum_bias)
+    if grad_c.numel():
+        arguments = u, x, bias, weight_c, mask_c, valid, c, grad_h, grad_c, grad_u, grad_x, sum_bias, sum_weight_c
+        _run(_backward_kernel(options, _real(u.dtype)), L, B * D, D, H, scale_x, *arguments)
+    return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c

@@ -1,0 +1,418 @@
+"""SRU layers as torch modules: parameters, initialisation, layers, directions, dropout, padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from .autograd import sru_recurrence
+from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
+
+
+class _SRUBase(nn.Module):
+    """The parameters of a stack of SRU layers and how one layer is computed."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        dropout: float,
+        bidirectional: bool,
+        rnn_dropout: float,
+        nonlinearity: str | None,
+        highway: bool,
+        highway_bias: float,
+        rescale: bool,
+        version: int,
+        dropout_placement: str,
+        layer_norm: str | None,
+        projection_size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
+            if not 0 <= p < 1:
+                raise ValueError(f"{name} must be a probability in [0, 1), got {p}")
+        if projection_size < 0:
+            raise ValueError(f"projection_size must be at least 0, got {projection_size}")
+        if version not in (1, 2):
+            raise ValueError(f"version must be 1 or 2, got {version!r}")
+        if nonlinearity is None:
+            nonlinearity = "tanh" if version == 1 else "identity"
+        for name, value, choices in (
+            ("nonlinearity", nonlinearity, tuple(NONLINEARITIES)),
+            ("dropout_placement", dropout_placement, tuple(DROPOUT_PLACEMENTS)),
+            ("layer_norm", layer_norm, (None, "pre", "post")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.dropout, self.bidirectional = bias, float(dropout), bidirectional
+        self.rnn_dropout, self.nonlinearity, self.highway = float(rnn_dropout), nonlinearity, highway
+        self.highway_bias, self.rescale, self.version = float(highway_bias), rescale, version
+        self.dropout_placement, self.layer_norm, self.projection_size = dropout_placement, layer_norm, projection_size
+
+        D, H = self.num_directions, hidden_size
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        for i in range(num_layers):
+            in_size, product_size = self._in_size(i), self._product_size(i)
+            if product_size < in_size:
+                self.register_parameter(f"weight_proj_l{i}", nn.Parameter(torch.empty(product_size, in_size, **factory)))
+            weight = torch.empty(D * self._parts(i) * H, product_size, **factory)
+            self.register_parameter(f"weight_l{i}", nn.Parameter(weight))
+            self.register_parameter(f"bias_l{i}", nn.Parameter(torch.empty(D, 2, H, **factory)) if bias else None)
+            if version == 2:
+                self.register_parameter(f"weight_c_l{i}", nn.Parameter(torch.empty(D, 2, H, **factory)))
+            if layer_norm is not None:
+                self.add_module(f"layer_norm_l{i}", nn.LayerNorm(in_size if layer_norm == "pre" else D * H, **factory))
+        self.reset_parameters()
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _in_size(self, i: int) -> int:
+        return self.input_size if i == 0 else self.num_directions * self.hidden_size
+
+    def _product_size(self, i: int) -> int:
+        """Length of the vectors that weight_l{i} multiplies."""
+        projects = 0 < self.projection_size < min(self._in_size(i), self.num_directions * self.hidden_size)
+        return self.projection_size if projects else self._in_size(i)
+
+    def _parts(self, i: int) -> int:
+        """K: the highway needs a matrix of its own where a layer's input and output differ in size."""
+        return 4 if self.highway and self._in_size(i) != self.num_directions * self.hidden_size else 3
+
+    @property
+    def _scale_x(self) -> float:
+        return math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale else 1.0
+
+    def reset_parameters(self) -> None:
+        r"""Draw new parameters.
+
+        Weights are uniform in ±sqrt(3 / fan_in), so that u has the variance of x; biases are 0, the reset gate's
+        `highway_bias`. With `rescale`, the skip matrix is multiplied by sqrt(1 + 2 exp(highway_bias)). Version 2 also
+        follows its authors' package: weight_c uniform in ±sqrt(3/2), gate weights divided by sqrt(2), candidate
+        weights multiplied by sqrt(1 - dropout), all by sqrt(1 - rnn_dropout), and by 0.1 with layer normalisation.
+        """
+        D, H = self.num_directions, self.hidden_size
+        with torch.no_grad():
+            for i in range(self.num_layers):
+                for name in (f"weight_proj_l{i}", f"weight_l{i}"):
+                    if hasattr(self, name):
+                        bound = math.sqrt(3 / getattr(self, name).shape[1])
+                        getattr(self, name).uniform_(-bound, bound)
+                weight = getattr(self, f"weight_l{i}").view(D, self._parts(i), H, -1)
+                if self.rescale and self._parts(i) == 4:
+                    weight[:, 3] *= self._scale_x
+                if self.bias:
+                    bias = getattr(self, f"bias_l{i}")
+                    bias[:, 0] = 0
+                    bias[:, 1] = self.highway_bias
+                if self.version == 2:
+                    getattr(self, f"weight_c_l{i}").uniform_(-math.sqrt(1.5), math.sqrt(1.5))
+                    weight[:, 1:3] *= math.sqrt(0.5)
+                    weight[:, 0] *= math.sqrt(1 - self.dropout)
+                    weight *= math.sqrt(1 - self.rnn_dropout) * (0.1 if self.layer_norm else 1)
+                if self.layer_norm:
+                    getattr(self, f"layer_norm_l{i}").reset_parameters()
+
+    def _layer(
+        self, i: int, x: Tensor, c_0: Tensor | None, lengths: Tensor | None, mask_pad: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Layer i of x, (L, B, in): h, (L, B, D*H), and c_n, (B, D*H)."""
+        L, B, _ = x.shape
+        D, K, H = self.num_directions, self._parts(i), self.hidden_size
+        v = getattr(self, f"layer_norm_l{i}")(x) if self.layer_norm == "pre" else x
+        if self.training and self.rnn_dropout > 0:
+            v = v * F.dropout(v.new_ones(B, v.shape[2]), self.rnn_dropout)
+        if self._product_size(i) < self._in_size(i):
+            v = F.linear(v, getattr(self, f"weight_proj_l{i}"))
+        u = F.linear(v, getattr(self, f"weight_l{i}")).view(L, B, D, K, H)
+        mask_c = None
+        if self.training and self.dropout > 0 and i < self.num_layers - 1:
+            mask_c = F.dropout(x.new_ones(B, D * H), self.dropout)
+        h, c_n = sru_recurrence(
+            u,
+            x if self.highway and K == 3 else None,
+            getattr(self, f"bias_l{i}"),
+            c_0,
+            weight_c=getattr(self, f"weight_c_l{i}") if self.version == 2 else None,
+            mask_c=mask_c,
+            lengths=lengths,
+            mask_pad=mask_pad,
+            scale_x=self._scale_x,
+            nonlinearity=self.nonlinearity,
+            dropout_placement=self.dropout_placement,
+        )
+        if self.layer_norm == "post":
+            h = _zero_padding(getattr(self, f"layer_norm_l{i}")(h), lengths, mask_pad)
+        return h, c_n
+
+    def _check_input(self, input: Tensor, dims: tuple[int, int]) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+        if input.dim() not in dims:
+            raise ValueError(f"input must have {dims[0]} or {dims[1]} dimensions, got shape {tuple(input.shape)}")
+        if input.shape[-1] != self.input_size:
+            raise ValueError(
+                f"input must have input_size = {self.input_size} features in its last dimension, "
+                f"got shape {tuple(input.shape)}"
+            )
+        weight: Tensor = self.weight_l0  # type: ignore[assignment]
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
+        if input.device != weight.device:
+            raise ValueError(f"input must be on {weight.device} as the parameters are, got {input.device}")
+
+    def extra_repr(self) -> str:
+        s = f"{self.input_size}, {self.hidden_size}"
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
+            "rnn_dropout": 0.0, "nonlinearity": "tanh" if self.version == 1 else "identity", "highway": True,
+            "highway_bias": 0.0, "rescale": False, "version": 1, "dropout_placement": "paper", "layer_norm": None,
+            "projection_size": 0,
+        }  # fmt: skip
+        for name, default in defaults.items():
+            value = getattr(self, name, default)
+            if value != default:
+                s += f", {name}={value!r}"
+        return s
+
+
+class SRU(_SRUBase):
+    r"""Multi-layer Simple Recurrent Unit. Takes the place of `torch.nn.GRU`: same arguments, shapes and results.
+
+    Each layer computes one matrix product of all time steps and then, for every unit on its own,
+
+    .. math::
+        f_t &= \sigma(W_f x_t + b_f) \qquad r_t = \sigma(W_r x_t + b_r) \\
+        c_t &= f_t \odot c_{t-1} + (1 - f_t) \odot W x_t \\
+        h_t &= r_t \odot g(c_t) + (1 - r_t) \odot x_t
+
+    (:func:`numsru.sru_recurrence`). Where a layer's input and output differ in size, a fourth matrix product
+    :math:`W_4 x_t` takes the place of :math:`x_t` in the last line. A bidirectional layer runs a second recurrence from
+    the last step to the first; the halves of :math:`x_t` go to the two directions.
+
+    Args:
+        input_size: Features of the input.
+        hidden_size: Units of each direction, H.
+        num_layers: Layers, each reading the output of the one before.
+        bias: Whether the gates have a bias.
+        batch_first: Whether input and output are `(B, L, …)` instead of `(L, B, …)`; states are not affected.
+        dropout: Probability of dropping g(c), one mask for all steps, on the output of every layer but the last.
+        bidirectional: Two directions, D = 2; `output` then has `2*H` features, forward half first.
+        rnn_dropout: Probability of dropping a feature of the matrix products' input, one mask for all steps
+            ("variational dropout", Gal and Ghahramani, arXiv:1512.05287). The highway sees the undropped input where
+            it has no matrix of its own.
+        nonlinearity: g: "tanh", "identity", "relu" or "selu". Default: "tanh" in version 1, "identity" in version 2.
+        highway: False leaves out the highway: :math:`h_t = r_t \odot g(c_t)`.
+        highway_bias: Initial bias of the reset gate; negative values let more of x through.
+        rescale: Multiply the highway input by :math:`\sqrt{1 + 2 e^{b}}`, b = `highway_bias`, so that h has the
+            variance of x (arXiv:1709.02755v5, section 3.2).
+        version: 1, the equations above (arXiv:1709.02755v1), or 2, where both gates also see
+            :math:`v \odot c_{t-1}` (arXiv:1709.02755v5).
+        dropout_placement: "paper" drops g(c) and leaves the highway as it is (version 1 of the paper); "highway" lets
+            a dropped unit pass x through (the authors' package from 2.3.3 on).
+        layer_norm: "pre" normalises the input of the matrix products, "post" the output of each layer.
+        projection_size: Where smaller than a layer's input and output, its matrix is the product of one of
+            `projection_size` rows and one of as many columns. 0: none.
+        device, dtype: Of the parameters; float32 or float64.
+
+    Inputs: `input, c_0=None, *, lengths=None, mask_pad=None`
+        - **input**: `(L, B, input_size)`; `(B, L, input_size)` with `batch_first`; `(L, input_size)` without a batch;
+          or a `PackedSequence`.
+        - **c_0**: initial states, `(num_layers*D, B, H)`, `(num_layers*D, H)` without a batch. Default: zeros.
+        - **lengths**: number of valid steps of each batch row, `(B,)`, integers on the CPU or the input's device.
+        - **mask_pad**: True at padding, anywhere, of the shape of the input without its features.
+
+    Outputs: `output, c_n`
+        - **output**: as the input, with `D*H` features; exactly 0 at padding.
+        - **c_n**: final states, of the shape of c_0. Pass them as `c_0` of the next piece of a sequence.
+
+    Parameters of layer i, whose matrix has K = 3 parts (candidate, forget, reset), 4 with a skip matrix:
+        - **weight_l{i}**: `(D*K*H, in)`, and with a projection `(D*K*H, projection_size)`
+        - **bias_l{i}**: `(D, 2, H)`, forget and reset
+        - **weight_c_l{i}**: `(D, 2, H)`, version 2 only
+        - **weight_proj_l{i}**: `(projection_size, in)`, with a projection only
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types. The message gives what was
+            expected and what came.
+
+    Example:
+        >>> rnn = numsru.SRU(10, 20, num_layers=2)
+        >>> output, c_n = rnn(torch.randn(5, 3, 10))
+        >>> output.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        rnn_dropout: float = 0.0,
+        nonlinearity: str | None = None,
+        highway: bool = True,
+        highway_bias: float = 0.0,
+        rescale: bool = False,
+        version: int = 1,
+        dropout_placement: str = "paper",
+        layer_norm: str | None = None,
+        projection_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, dropout, bidirectional, rnn_dropout, nonlinearity, highway,
+            highway_bias, rescale, version, dropout_placement, layer_norm, projection_size, device, dtype,
+        )  # fmt: skip
+        self.batch_first = batch_first
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        c_0: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        mask_pad: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(input, PackedSequence):
+            if lengths is not None or mask_pad is not None:
+                raise ValueError("a PackedSequence brings its own lengths: expected lengths=None and mask_pad=None")
+            return self._forward_packed(input, c_0)
+        self._check_input(input, (2, 3))
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
+            mask_pad = None if mask_pad is None else mask_pad.transpose(0, 1)
+        elif not batched and mask_pad is not None:
+            mask_pad = mask_pad.unsqueeze(1)
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths)
+            lengths = lengths if batched else lengths.reshape(1)
+        states = self._split_states(c_0, x.shape[1], batched)
+        x, c_n = self._forward_layers(x, states, lengths, mask_pad)
+        if not batched:
+            return x.squeeze(1), c_n.squeeze(1)
+        return x.transpose(0, 1) if self.batch_first else x, c_n
+
+    def _forward_packed(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        x, lengths = pad_packed_sequence(input)
+        self._check_input(x, (3, 3))
+        x, c_n = self._forward_layers(x, self._split_states(c_0, x.shape[1], True), lengths, None)
+        if input.sorted_indices is not None:
+            x, lengths = x.index_select(1, input.sorted_indices), lengths[input.sorted_indices.cpu()]
+        # Step t of a PackedSequence holds the rows that are longer than t, longest first.
+        valid = torch.arange(x.shape[0]).unsqueeze(1) < lengths
+        data = x[valid.to(x.device)]
+        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c_n
+
+    def _split_states(self, c_0: Tensor | None, B: int, batched: bool) -> Sequence[Tensor | None]:
+        """c_0 as one (B, D*H) for each layer."""
+        if c_0 is None:
+            return [None] * self.num_layers
+        if not isinstance(c_0, Tensor):
+            raise TypeError(f"c_0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c_0).__name__}")
+        n, D, H = self.num_layers, self.num_directions, self.hidden_size
+        expected = (n * D, B, H) if batched else (n * D, H)
+        if c_0.shape != expected:
+            raise ValueError(f"c_0 must have shape {expected}, got {tuple(c_0.shape)}")
+        return c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).unbind()
+
+    def _forward_layers(
+        self, x: Tensor, states: Sequence[Tensor | None], lengths: Tensor | None, mask_pad: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
+        x = _zero_padding(x, lengths, mask_pad)
+        final = []
+        for i in range(self.num_layers):
+            x, c = self._layer(i, x, states[i], lengths, mask_pad)
+            final.append(c.view(x.shape[1], self.num_directions, self.hidden_size).transpose(0, 1))
+        return x, torch.cat(final)
+
+
+class SRUCell(_SRUBase):
+    r"""One step of a one-layer SRU: `h, c = cell(x, c)`. Its parameters are those of a one-layer :class:`SRU`.
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity, highway, highway_bias, rescale, version, layer_norm,
+            projection_size, rnn_dropout, device, dtype: As for :class:`SRU`. With `rnn_dropout`, every call draws a
+            new mask.
+
+    Inputs: `input, c=None`
+        - **input**: `(B, input_size)` or `(input_size,)`.
+        - **c**: the state before the step, `(B, H)` or `(H,)`. Default: zeros.
+
+    Outputs: `h, c`
+        - **h**, **c**: output and state after the step, `(B, H)` or `(H,)`.
+
+    Example:
+        >>> cell, c = numsru.SRUCell(10, 20), None
+        >>> for x in torch.randn(5, 3, 10):
+        ...     h, c = cell(x, c)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        rnn_dropout: float = 0.0,
+        nonlinearity: str | None = None,
+        highway: bool = True,
+        highway_bias: float = 0.0,
+        rescale: bool = False,
+        version: int = 1,
+        layer_norm: str | None = None,
+        projection_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, 1, bias, 0.0, False, rnn_dropout, nonlinearity, highway, highway_bias, rescale,
+            version, "paper", layer_norm, projection_size, device, dtype,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check_input(input, (1, 2))
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if c is not None:
+            if not isinstance(c, Tensor):
+                raise TypeError(f"c must be a Tensor, got {type(c).__name__}")
+            expected = (x.shape[0], self.hidden_size) if batched else (self.hidden_size,)
+            if c.shape != expected:
+                raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
+            c = c if batched else c.unsqueeze(0)
+        h, c_n = self._layer(0, x.unsqueeze(0), c, None, None)
+        return (h[0], c_n) if batched else (h[0, 0], c_n[0])
+
+
+def _zero_padding(x: Tensor, lengths: Tensor | None, mask_pad: Tensor | None) -> Tensor:
+    if lengths is not None:
+        mask_pad = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths.to(x.device)
+    return x if mask_pad is None else x.masked_fill(mask_pad.unsqueeze(2), 0)

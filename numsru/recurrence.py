@@ -1,0 +1,145 @@
+r"""One time step of the SRU recurrence, forward and backward, as scalar functions.
+
+The CPU and the CUDA kernels take their equations from here and from nowhere else, so the two cannot disagree.
+Everything is written for one column: one batch row, one direction, one unit. The functions are plain Python; each
+backend compiles them with its own `sigmoid`, `tanh` and `exp` (`cpu_intrinsics.py`, `cuda_intrinsics.py`), and the
+CUDA simulator and `NUMBA_DISABLE_JIT=1` run them as they stand.
+
+Version 1 (arXiv:1709.02755v1) and version 2 (arXiv:1709.02755v5), with g the nonlinearity and m the dropout mask:
+
+    f = sigmoid(u_f + b_f [+ v_f c'])          r = sigmoid(u_r + b_r [+ v_r c'])          [...]: version 2
+    c = f c' + (1 - f) u_x                     c': the state of the step before
+    h = r m g(c) + (1 - r) x                   placement "paper"
+    h = x + r m (g(c) - x)                     placement "highway"
+
+Constants are written `type(f)(1)`: a bare `1.0` would turn float32 arithmetic into float64.
+"""
+
+import math
+from typing import NamedTuple
+
+# Codes for the compile-time choices below; kernels freeze them, so a branch on one costs nothing at run time.
+IDENTITY, TANH, RELU, SELU = range(4)
+NONLINEARITIES = {"identity": IDENTITY, "tanh": TANH, "relu": RELU, "selu": SELU}
+
+PAPER, HIGHWAY = range(2)
+DROPOUT_PLACEMENTS = {"paper": PAPER, "highway": HIGHWAY}
+
+NO_SKIP, SKIP_INPUT, SKIP_PROJECTED = range(3)  # no highway; the layer's input x (K = 3); the fourth sub-matrix (K = 4)
+NO_PADDING, LENGTHS, MASK = range(3)  # every step is valid; `lengths`, (B,); `mask_pad`, (L, B)
+
+SELU_SCALE = 1.0507009873554804934193349852946
+SELU_ALPHA = 1.6732632423543772848170429916717
+
+
+class Options(NamedTuple):
+    """What a kernel is compiled for. Equal options mean equal machine code, so this is the key of every kernel cache."""
+
+    version: int = 1
+    nonlinearity: int = TANH
+    placement: int = PAPER
+    skip: int = SKIP_INPUT
+    padding: int = NO_PADDING
+    has_c_0: bool = False
+    has_mask_c: bool = False
+    save_c: bool = False  # keep the states that backward starts from
+
+    @property
+    def parts(self) -> int:
+        """K, the number of sub-matrices in u."""
+        return 4 if self.skip == SKIP_PROJECTED else 3
+
+
+def exp(x):
+    return math.exp(x)
+
+
+def tanh(x):
+    return math.tanh(x)
+
+
+def sigmoid(x):
+    # Two branches because `math.exp` raises where the result overflows.
+    if x >= 0:
+        return 1 / (1 + math.exp(-x))
+    e = math.exp(x)
+    return e / (1 + e)
+
+
+def gate(u, bias, weight, c, version):
+    """Forget or reset gate; only version 2 sees the state c of the step before."""
+    z = u + bias
+    if version == 2:
+        z = z + weight * c
+    return sigmoid(z)
+
+
+def next_state(f, candidate, c):
+    return f * c + (type(f)(1) - f) * candidate
+
+
+def activate(c, nonlinearity):
+    """g(c). The comparisons are chosen so that NaN stays NaN."""
+    if nonlinearity == TANH:
+        return tanh(c)
+    if nonlinearity == RELU:
+        return type(c)(0) if c < type(c)(0) else c
+    if nonlinearity == SELU:
+        # The exponent is bounded so that the branch not taken cannot overflow.
+        low = type(c)(SELU_SCALE * SELU_ALPHA) * (exp(type(c)(0) if c > type(c)(0) else c) - type(c)(1))
+        return type(c)(SELU_SCALE) * c if c > type(c)(0) else low
+    return c
+
+
+def activate_grad(c, g, nonlinearity):
+    """g'(c), where g = activate(c)."""
+    if nonlinearity == TANH:
+        return type(c)(1) - g * g
+    if nonlinearity == RELU:
+        return type(c)(0) if c <= type(c)(0) else type(c)(1)
+    if nonlinearity == SELU:
+        return type(c)(SELU_SCALE) if c > type(c)(0) else g + type(c)(SELU_SCALE * SELU_ALPHA)
+    return type(c)(1)
+
+
+def output(c, r, skip, mask, nonlinearity, placement):
+    """h. Without a highway, skip = 0."""
+    g = activate(c, nonlinearity)
+    if placement == PAPER:
+        return r * (mask * g) + (type(r)(1) - r) * skip
+    return skip + (g - skip) * mask * r
+
+
+def state_grad(grad_h, c, r, mask, nonlinearity):
+    """The part of dL/dc that comes through this step's h."""
+    return grad_h * mask * r * activate_grad(c, activate(c, nonlinearity), nonlinearity)
+
+
+def backward_step(
+    grad_h, grad_c, c, c_prev, f, r, candidate, skip, mask, weight_f, weight_r, version, nonlinearity, placement
+):
+    """Gradients of one step, from dL/dh and the dL/dc that comes from the steps after it.
+
+    Returns the gradients of u_x, u_f, u_r, skip and c'. The sums over time of the second and third are those of the
+    bias; times c', of the recurrent weights.
+    """
+    one = type(f)(1)
+    g = activate(c, nonlinearity)
+    if placement == PAPER:
+        grad_r = grad_h * (mask * g - skip)
+        grad_skip = grad_h * (one - r)
+    else:
+        grad_r = grad_h * (g - skip) * mask
+        grad_skip = grad_h * (one - r * mask)
+    grad_c = grad_c + state_grad(grad_h, c, r, mask, nonlinearity)
+    grad_candidate = grad_c * (one - f)
+    grad_forget = grad_c * (c_prev - candidate) * f * (one - f)
+    grad_reset = grad_r * r * (one - r)
+    grad_c_prev = grad_c * f
+    if version == 2:
+        grad_c_prev = grad_c_prev + grad_forget * weight_f + grad_reset * weight_r
+    return grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev
+
+
+# What a backend has to compile besides `exp`, `tanh` and `sigmoid`.
+COMPOSED = (gate, next_state, activate, activate_grad, output, state_grad, backward_step)
