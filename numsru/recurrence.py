@@ -68,10 +68,9 @@ def sigmoid(x):
 
 def gate(u, bias, weight, c, version):
     """Forget or reset gate; only version 2 sees the state c of the step before."""
-    z = u + bias
     if version == 2:
-        z = z + weight * c
-    return sigmoid(z)
+        return sigmoid(u + bias + weight * c)
+    return sigmoid(u + bias)
 
 
 def next_state(f, candidate, c):
@@ -83,11 +82,12 @@ def activate(c, nonlinearity):
     if nonlinearity == TANH:
         return tanh(c)
     if nonlinearity == RELU:
-        return type(c)(0) if c < type(c)(0) else c
+        if c < type(c)(0):
+            return type(c)(0)
     if nonlinearity == SELU:
-        # The exponent is bounded so that the branch not taken cannot overflow.
-        low = type(c)(SELU_SCALE * SELU_ALPHA) * (exp(type(c)(0) if c > type(c)(0) else c) - type(c)(1))
-        return type(c)(SELU_SCALE) * c if c > type(c)(0) else low
+        if c > type(c)(0):
+            return type(c)(SELU_SCALE) * c
+        return type(c)(SELU_SCALE * SELU_ALPHA) * (exp(-abs(c)) - type(c)(1))
     return c
 
 
@@ -96,9 +96,12 @@ def activate_grad(c, g, nonlinearity):
     if nonlinearity == TANH:
         return type(c)(1) - g * g
     if nonlinearity == RELU:
-        return type(c)(0) if c <= type(c)(0) else type(c)(1)
+        if c <= type(c)(0):
+            return type(c)(0)
     if nonlinearity == SELU:
-        return type(c)(SELU_SCALE) if c > type(c)(0) else g + type(c)(SELU_SCALE * SELU_ALPHA)
+        if c > type(c)(0):
+            return type(c)(SELU_SCALE)
+        return g + type(c)(SELU_SCALE * SELU_ALPHA)
     return type(c)(1)
 
 

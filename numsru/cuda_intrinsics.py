@@ -1,0 +1,65 @@
+"""What the CUDA kernels need beyond `numba.cuda`: the equations of `recurrence.py` compiled for a device.
+
+In float32, sigmoid is four instructions on the GPU's approximate exponential and reciprocal: absolute error below
+3e-7, the right limits at infinity, NaN stays NaN. Everything is inlined: a device function that is called asks the
+driver for a device when it is compiled, and kernels must compile without one. The simulator runs `recurrence.py` as
+it stands and needs nothing from here.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import config, cuda, types
+
+from . import recurrence
+
+
+SIMULATED = bool(getattr(cuda, "is_simulator", False)) or config.ENABLE_CUDASIM
+
+
+def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a plain function callable from kernels, inlined."""
+    if not SIMULATED:
+        overload(function, target="cuda", inline="always", strict=False)(lambda *args: function)
+    return function
+
+
+def _approximate(instruction: str) -> Any:
+    """A PTX instruction with one float32 operand and result as a device function."""
+
+    @intrinsic
+    def function(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f32 = ir.FloatType()
+            asm = ir.InlineAsm(ir.FunctionType(f32, [f32]), f"{instruction} $0, $1;", "=f,f", side_effect=False)
+            return builder.call(asm, args)
+
+        return types.float32(types.float32), codegen
+
+    return function
+
+
+if not SIMULATED:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic, overload
+
+    _exp2, _reciprocal = _approximate("ex2.approx.ftz.f32"), _approximate("rcp.approx.ftz.f32")
+    _MINUS_LOG2_E, _ONE = np.float32(-math.log2(math.e)), np.float32(1)
+
+    def _sigmoid_float32(x):  # type: ignore[no-untyped-def]
+        return _reciprocal(_ONE + _exp2(x * _MINUS_LOG2_E))
+
+    def _sigmoid_float64(x):  # type: ignore[no-untyped-def]
+        return 1 / (1 + math.exp(-x))
+
+    def _inlined(function: Callable[..., Any], choose: Callable[..., Any]) -> None:
+        overload(function, target="cuda", inline="always", strict=False)(choose)
+
+    _inlined(recurrence.sigmoid, lambda x: _sigmoid_float32 if x == types.float32 else _sigmoid_float64)
+    _inlined(recurrence.tanh, lambda x: lambda x: math.tanh(x))
+    _inlined(recurrence.exp, lambda x: lambda x: math.exp(x))
+
+for _function in recurrence.COMPOSED:
+    device_function(_function)
