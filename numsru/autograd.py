@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cpu_kernels, reference
 from .recurrence import (
@@ -51,11 +50,35 @@ class _Recurrence(torch.autograd.Function):
         return h, c_n
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        grads = ctx.kernels.backward(ctx.options, *inputs[:6], ctx.scale_x, inputs[6], grad_h.contiguous(), grad_c_n)
+        # Grad mode is on in a backward pass that is itself to be differentiated.
+        compute: Any = _Gradients.apply if torch.is_grad_enabled() else _gradients
+        grads = compute(ctx.kernels, ctx.options, ctx.scale_x, *ctx.saved_tensors, grad_h, grad_c_n)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
+
+
+def _gradients(
+    kernels: ModuleType, options: Options, scale_x: float, u: Tensor, x: Tensor | None, bias: Tensor,
+    weight_c: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    return kernels.backward(  # type: ignore[no-any-return]
+        options, u, x, bias, weight_c, mask_c, valid, scale_x, c, grad_h.contiguous(), grad_c_n.contiguous()
+    )
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients as an operation that refuses to be differentiated: without it they would pass for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "numsru's kernels can be differentiated once. For second derivatives call "
+            "numsru.reference.sru_recurrence, which takes the same arguments"
+        )
 
 
 def sru_recurrence(
@@ -138,7 +161,7 @@ def sru_recurrence(
     _check("mask_c", mask_c, (B, D * H), u.dtype, u.device)
     if mask_c is not None and mask_c.requires_grad:
         raise ValueError("mask_c is a constant of the recurrence and cannot require a gradient; detach it")
-    valid = _check_padding(lengths, mask_pad, L, B, u.device)
+    valid = check_padding(lengths, mask_pad, L, B, u.device)
     if nonlinearity is None:
         nonlinearity = "tanh" if weight_c is None else "identity"
     _check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
@@ -176,10 +199,10 @@ def _check(name: str, a: Tensor | None, shape: tuple[int, ...], dtype: torch.dty
         raise ValueError(f"{name} must be on {device} as u is, got {a.device}")
 
 
-def _check_padding(
+def check_padding(
     lengths: Tensor | None, mask_pad: Tensor | None, L: int, B: int, device: torch.device
 ) -> Tensor | None:
-    """The array that tells kernels which steps are valid: lengths as int64, or the mask."""
+    """The array that tells kernels which steps are valid: the lengths as int64 on `device`, or the mask, or None."""
     if mask_pad is not None:
         if lengths is not None:
             raise ValueError("expected at most one of lengths and mask_pad, got both")

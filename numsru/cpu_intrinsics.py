@@ -105,7 +105,7 @@ def _exp_float32(x):
     return _times_power_of_two(p * (r * r) + r + _ONE, shifted)
 
 
-# Eigen's rational approximation of tanh: odd polynomial over even polynomial; the result is 1 in float32 at the bound.
+# Eigen's rational approximation of tanh, an odd polynomial over an even one, good to 3e-7 up to the bound.
 _TANH_BOUND = np.float32(7.90531110763549805)
 _A1, _A3, _A5, _A7, _A9, _A11, _A13 = (
     np.float32(a)
@@ -121,7 +121,7 @@ _B0, _B2, _B4, _B6 = (
 
 @register_jitable
 def _tanh_float32(x):
-    """tanh(x), error at most 3e-7. NaN stays NaN."""
+    """tanh(x), absolute error at most 3e-7 and relative at most 1e-6. NaN stays NaN."""
     x = _TANH_BOUND if x > _TANH_BOUND else x
     x = -_TANH_BOUND if x < -_TANH_BOUND else x
     y = x * x
@@ -144,7 +144,9 @@ def _by_precision(float32: Callable[..., Any], float64: Callable[..., Any]) -> C
 
 overload(recurrence.exp, strict=False)(_by_precision(lambda x: _exp_float32(x), lambda x: math.exp(x)))
 overload(recurrence.tanh, strict=False)(_by_precision(lambda x: _tanh_float32(x), lambda x: math.tanh(x)))
-overload(recurrence.sigmoid, strict=False)(_by_precision(lambda x: _sigmoid_float32(x), lambda x: 1 / (1 + math.exp(-x))))
+overload(recurrence.sigmoid, strict=False)(
+    _by_precision(lambda x: _sigmoid_float32(x), lambda x: 1 / (1 + math.exp(-x)))
+)
 
 for _function in recurrence.COMPOSED:
     register_jitable(_function)

@@ -41,12 +41,12 @@ _compile = cfunc(types.void(types.int64), error_model="numpy", fastmath={"contra
 
 
 @register_jitable
-def _word(args, i):  # type: ignore[no-untyped-def]
+def _word(args, i):
     return load(args, i, np.int64, READ)
 
 
 @register_jitable
-def _next_task(args):  # type: ignore[no-untyped-def]
+def _next_task(args):
     """Take the next block of work: first row, row after the last, first unit, number of units. No rows: all is done."""
     task = fetch_add(args, 1)
     n_tasks, rows_per_task, units_per_task = _word(args, 1), _word(args, 2), _word(args, 3)
@@ -59,7 +59,7 @@ def _next_task(args):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _is_padded(valid, padding, t, b, B):  # type: ignore[no-untyped-def]
+def _is_padded(valid, padding, t, b, B):
     if padding == LENGTHS:
         return t >= load(valid, b, np.int64, READ)
     if padding == MASK:
@@ -74,7 +74,7 @@ def _forward_kernel(options: Options, real: Any) -> Any:
     parts, size = options.parts, np.dtype(real).itemsize
 
     @_compile
-    def forward(args):  # type: ignore[no-untyped-def]
+    def forward(args):
         L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
         scale_x, slots = real(load(args, 8, np.float64, READ)), _word(args, 9)
         u, x, bias, weight_c = _word(args, 10), _word(args, 11), _word(args, 12), _word(args, 13)
@@ -127,7 +127,7 @@ def _backward_kernel(options: Options, real: Any) -> Any:
     parts, size = options.parts, np.dtype(real).itemsize
 
     @_compile
-    def backward(args):  # type: ignore[no-untyped-def]
+    def backward(args):
         L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
         scale_x = real(load(args, 8, np.float64, READ))
         u, x, bias, weight_c = _word(args, 9), _word(args, 10), _word(args, 11), _word(args, 12)

@@ -15,7 +15,6 @@ from numba import config, cuda, types
 
 from . import recurrence
 
-
 SIMULATED = bool(getattr(cuda, "is_simulator", False)) or config.ENABLE_CUDASIM
 
 
@@ -48,10 +47,10 @@ if not SIMULATED:
     _exp2, _reciprocal = _approximate("ex2.approx.ftz.f32"), _approximate("rcp.approx.ftz.f32")
     _MINUS_LOG2_E, _ONE = np.float32(-math.log2(math.e)), np.float32(1)
 
-    def _sigmoid_float32(x):  # type: ignore[no-untyped-def]
+    def _sigmoid_float32(x):
         return _reciprocal(_ONE + _exp2(x * _MINUS_LOG2_E))
 
-    def _sigmoid_float64(x):  # type: ignore[no-untyped-def]
+    def _sigmoid_float64(x):
         return 1 / (1 + math.exp(-x))
 
     def _inlined(function: Callable[..., Any], choose: Callable[..., Any]) -> None:

@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 @device_function
-def _time(s, L, d):  # type: ignore[no-untyped-def]
+def _time(s, L, d):
     """The time step that direction d reaches as its s-th. Beyond its last step: the last."""
     if d == 1:
         return max(L - 1 - s, int64(0))
@@ -51,7 +51,7 @@ def _time(s, L, d):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _is_padding(valid, padding, t, b, B):  # type: ignore[no-untyped-def]
+def _is_padding(valid, padding, t, b, B):
     if padding == LENGTHS:
         return t >= valid[b]
     if padding == MASK:
@@ -60,7 +60,7 @@ def _is_padding(valid, padding, t, b, B):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _load_chunk(  # type: ignore[no-untyped-def]
+def _load_chunk(
     candidate, forget, reset, skip, u, x, valid, scale_x, first, steps, L, B, D, H, row, unit, skip_kind, padding
 ):
     """Read a thread's steps into its registers; returns one bit for each that is padding or lies beyond the end.
@@ -88,7 +88,7 @@ def _load_chunk(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _linear_gates(candidate, forget, padded, bias_f, steps):  # type: ignore[no-untyped-def]
+def _linear_gates(candidate, forget, padded, bias_f, steps):
     """Version 1: the forget gates of a thread's steps, which see no state. A step of padding becomes c -> 1 c + 0."""
     zero = type(bias_f)(0)
     for k in range(steps):
@@ -100,7 +100,7 @@ def _linear_gates(candidate, forget, padded, bias_f, steps):  # type: ignore[no-
 
 
 @device_function
-def _compose(candidate, forget, steps, one):  # type: ignore[no-untyped-def]
+def _compose(candidate, forget, steps, one):
     """A thread's steps as one: the decay and offset of c -> decay c + offset."""
     decay, offset = one, one - one
     for k in range(steps):
@@ -116,9 +116,7 @@ def forward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., Non
     width, chunks, steps = tile
     tile_length, exchanged = chunks * steps, 2 * chunks * width
 
-    def forward(  # type: ignore[no-untyped-def]
-        u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B, D, H, h, c_n, saved
-    ):
+    def forward(u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B, D, H, h, c_n, saved):
         decays = cuda.shared.array(exchanged, real)
         offsets = cuda.shared.array(exchanged, real)
         candidate = cuda.local.array(steps, real)
@@ -190,7 +188,7 @@ def backward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., No
     tile_length, threads, exchanged = chunks * steps, chunks * width, 2 * chunks * width
     parts = options.parts
 
-    def backward(  # type: ignore[no-untyped-def]
+    def backward(
         u, x, bias, weight_c, mask_c, valid, scale_x, L, B, D, H, saved, grad_h, grad_c_n,
         grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
     ):  # fmt: skip

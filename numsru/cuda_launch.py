@@ -23,7 +23,12 @@ _config = functools.lru_cache(4096)(lambda grid, block: LaunchConfig(grid=grid, 
 
 
 def launch(
-    kernel: Callable[..., None], signature: Any, device: torch.device, blocks: int, block: tuple[int, int], *arguments: Any
+    kernel: Callable[..., None],
+    signature: Any,
+    device: torch.device,
+    blocks: int,
+    block: tuple[int, int],
+    *arguments: Any,
 ) -> None:
     """Launch `kernel`, a plain function, with `block` threads in each of `blocks` blocks.
 
@@ -34,7 +39,13 @@ def launch(
     """
     scalar = np.float32 if float32 in signature.args else np.float64
     values = [
-        a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else scalar(a) if isinstance(a, float) else np.int64(a)
+        a.data_ptr()
+        if isinstance(a, Tensor)
+        else 0
+        if a is None
+        else scalar(a)
+        if isinstance(a, float)
+        else np.int64(a)
         for a in arguments
     ]
     with torch.cuda.device(device):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .autograd import sru_recurrence
+from .autograd import check_padding, sru_recurrence
 from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
 
 
@@ -72,7 +72,9 @@ class _SRUBase(nn.Module):
         for i in range(num_layers):
             in_size, product_size = self._in_size(i), self._product_size(i)
             if product_size < in_size:
-                self.register_parameter(f"weight_proj_l{i}", nn.Parameter(torch.empty(product_size, in_size, **factory)))
+                self.register_parameter(
+                    f"weight_proj_l{i}", nn.Parameter(torch.empty(product_size, in_size, **factory))
+                )
             weight = torch.empty(D * self._parts(i) * H, product_size, **factory)
             self.register_parameter(f"weight_l{i}", nn.Parameter(weight))
             self.register_parameter(f"bias_l{i}", nn.Parameter(torch.empty(D, 2, H, **factory)) if bias else None)
@@ -143,7 +145,8 @@ class _SRUBase(nn.Module):
             v = v * F.dropout(v.new_ones(B, v.shape[2]), self.rnn_dropout)
         if self._product_size(i) < self._in_size(i):
             v = F.linear(v, getattr(self, f"weight_proj_l{i}"))
-        u = F.linear(v, getattr(self, f"weight_l{i}")).view(L, B, D, K, H)
+        # Under autocast the product is of 16 bits; the recurrence is of x's.
+        u = F.linear(v, getattr(self, f"weight_l{i}")).to(x.dtype).view(L, B, D, K, H)
         mask_c = None
         if self.training and self.dropout > 0 and i < self.num_layers - 1:
             mask_c = F.dropout(x.new_ones(B, D * H), self.dropout)
@@ -307,7 +310,7 @@ class SRU(_SRUBase):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-            mask_pad = None if mask_pad is None else mask_pad.transpose(0, 1)
+            mask_pad = None if mask_pad is None else mask_pad.t()
         elif not batched and mask_pad is not None:
             mask_pad = mask_pad.unsqueeze(1)
         if lengths is not None:
@@ -345,6 +348,7 @@ class SRU(_SRUBase):
     def _forward_layers(
         self, x: Tensor, states: Sequence[Tensor | None], lengths: Tensor | None, mask_pad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        check_padding(lengths, mask_pad, x.shape[0], x.shape[1], x.device)
         # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
         x = _zero_padding(x, lengths, mask_pad)
         final = []

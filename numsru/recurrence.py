@@ -33,7 +33,7 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 
 
 class Options(NamedTuple):
-    """What a kernel is compiled for. Equal options mean equal machine code, so this is the key of every kernel cache."""
+    """What a kernel is compiled for: the key of every cache of kernels."""
 
     version: int = 1
     nonlinearity: int = TANH
@@ -81,9 +81,8 @@ def activate(c, nonlinearity):
     """g(c). The comparisons are chosen so that NaN stays NaN."""
     if nonlinearity == TANH:
         return tanh(c)
-    if nonlinearity == RELU:
-        if c < type(c)(0):
-            return type(c)(0)
+    if nonlinearity == RELU and c < type(c)(0):
+        return type(c)(0)
     if nonlinearity == SELU:
         if c > type(c)(0):
             return type(c)(SELU_SCALE) * c
@@ -95,9 +94,8 @@ def activate_grad(c, g, nonlinearity):
     """g'(c), where g = activate(c)."""
     if nonlinearity == TANH:
         return type(c)(1) - g * g
-    if nonlinearity == RELU:
-        if c <= type(c)(0):
-            return type(c)(0)
+    if nonlinearity == RELU and c <= type(c)(0):
+        return type(c)(0)
     if nonlinearity == SELU:
         if c > type(c)(0):
             return type(c)(SELU_SCALE)

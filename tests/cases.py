@@ -82,7 +82,9 @@ def run_and_grads(function: Callable[..., Any], inputs: dict[str, Any], grads: d
 
 def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
+        name: a.detach().double().requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
         for name, a in arguments.items()
     }
 

@@ -1,6 +1,6 @@
 """Memory that `torch.empty` hands out holds NaN in every test, so that nothing relies on what it happens to hold."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ def _poisoned(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def _poison_empty_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poison_empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-    yield

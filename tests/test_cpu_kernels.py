@@ -1,0 +1,145 @@
+"""The CPU kernels against the float64 reference; threads; accuracy of the float32 functions; vectorisation."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, assert_matches_reference, run_and_grads
+from numba import njit
+
+from numsru import cpu_intrinsics, cpu_kernels, recurrence, sru_recurrence
+from numsru.recurrence import Options
+
+CASES = [
+    Case(),
+    Case(L=1, H=1),
+    Case(L=0),
+    Case(B=0),
+    Case(c_0=False),
+    Case(L=63, B=2, H=33),
+    Case(nonlinearity="identity"),
+    Case(nonlinearity="relu"),
+    Case(nonlinearity="selu"),
+    Case(highway="none"),
+    Case(highway="projected"),
+    Case(scale_x=1.7),
+    Case(D=2, L=0),
+    Case(D=2, H=1),
+    Case(D=2, highway="projected", nonlinearity="selu"),
+    Case(D=2, highway="none", mask_c=True),
+    Case(mask_c=True),
+    Case(mask_c=True, placement="highway", scale_x=0.6),
+    Case(mask_c=True, placement="highway", highway="projected"),
+    Case(padding="lengths"),
+    Case(padding="mask"),
+    Case(D=2, padding="lengths", mask_c=True, scale_x=1.2),
+    Case(D=2, padding="mask", highway="projected"),
+    Case(version=2, nonlinearity="identity"),
+    Case(version=2, D=2, padding="lengths", highway="projected"),
+    Case(version=2, D=2, padding="mask", highway="none", mask_c=True),
+    Case(version=2, mask_c=True, placement="highway", scale_x=1.3, c_0=False),
+    Case(L=63, B=2, H=33, dtype=torch.float32),
+    Case(L=200, H=70, D=2, padding="lengths", mask_c=True, dtype=torch.float32),
+    Case(L=31, H=19, version=2, highway="projected", nonlinearity="selu", dtype=torch.float32),
+    Case(L=31, H=19, D=2, nonlinearity="relu", padding="mask", dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_match_the_float64_reference(case):
+    assert_matches_reference(sru_recurrence, case)
+
+
+def _with_threads(monkeypatch, threads, case):
+    monkeypatch.setattr(cpu_kernels, "_ELEMENTS_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return run_and_grads(sru_recurrence, *case.make_inputs())
+    finally:
+        torch.set_num_threads(before)
+
+
+THREADED = [
+    Case(L=9, B=5, H=200, dtype=torch.float32),
+    Case(L=9, B=1, H=700, dtype=torch.float32),
+    Case(L=9, B=1, D=2, H=131, version=2, padding="lengths", dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_results_have_the_same_bits_for_any_number_of_threads(monkeypatch, case, threads):
+    one, many = _with_threads(monkeypatch, 1, case), _with_threads(monkeypatch, threads, case)
+    torch.testing.assert_close(many, one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_python_threads_serve_where_torch_has_no_openmp(monkeypatch, case):
+    one = _with_threads(monkeypatch, 1, case)
+    monkeypatch.setattr(cpu_kernels, "_start_team", None)
+    torch.testing.assert_close(_with_threads(monkeypatch, 3, case), one, rtol=0, atol=0)
+
+
+def _evaluate(function, x):
+    @njit(error_model="numpy", fastmath={"contract"})
+    def run(x, y):
+        for i in range(x.size):
+            y[i] = function(x[i])
+
+    y = np.empty_like(x)
+    run(x, y)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "exact"),
+    [(recurrence.sigmoid, lambda x: 1 / (1 + np.exp(-x))), (recurrence.tanh, np.tanh)],
+    ids=["sigmoid", "tanh"],
+)
+def test_float32_function_is_accurate_to_3e_7(function, exact):
+    x = np.concatenate([np.linspace(-30, 30, 1_000_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(np.float32)
+    assert np.abs(_evaluate(function, x) - exact(x.astype(np.float64))).max() <= 3e-7
+
+
+def test_float32_tanh_is_accurate_relative_to_small_values():
+    x = np.geomspace(1e-30, 1, 100_000).astype(np.float32)
+    exact = np.tanh(x.astype(np.float64))
+    assert (np.abs(_evaluate(recurrence.tanh, x) - exact) / exact).max() <= 1e-6
+
+
+def test_float32_exp_is_accurate_to_3_units_in_the_last_place():
+    x = np.linspace(-87, 87, 1_000_001).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(_evaluate(recurrence.exp, x) - exact) / exact).max() <= 3 * 2.0**-24 * 2
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_sigmoid_has_its_limits(real):
+    x = np.array([-np.inf, -1e4, 1e4, np.inf, np.nan], real)
+    np.testing.assert_allclose(_evaluate(recurrence.sigmoid, x), [0, 0, 1, 1, np.nan], atol=1e-37)
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_tanh_has_its_limits(real):
+    x = np.array([-np.inf, -1e4, 1e4, np.inf, np.nan], real)
+    np.testing.assert_allclose(_evaluate(recurrence.tanh, x), [-1, -1, 1, 1, np.nan], atol=3e-7)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kernel", [cpu_kernels._forward_kernel, cpu_kernels._backward_kernel])
+def test_float32_kernel_divides_vectors(kernel, version):
+    assembly = kernel(Options(version=version, save_c=True), np.float32)._library.get_asm_str()
+    if not re.search(r"[xyz]mm\d|\bv\d+\.4s", assembly):
+        pytest.skip("neither x86 nor ARM assembly")
+    assert re.search(r"\bv?divps\b|\bfdiv\s+v\d+\.4s", assembly)
+    assert not re.search(r"\b(call|bl)\b.*\b(expf?|tanhf?)\b", assembly)
+
+
+def test_scopes_of_written_arrays_are_distinct():
+    scopes = [cpu_kernels.C, cpu_kernels.H_OUT, cpu_kernels.GRAD_C, cpu_kernels.GRAD_CANDIDATE]
+    scopes += [cpu_kernels.GRAD_FORGET, cpu_kernels.GRAD_RESET, cpu_kernels.GRAD_SKIP, cpu_kernels.BIAS_F]
+    scopes += [cpu_kernels.BIAS_R, cpu_kernels.WEIGHT_F, cpu_kernels.WEIGHT_R, cpu_intrinsics.READ]
+    assert len(set(scopes)) == len(scopes)
+    assert max(scopes) < cpu_intrinsics.N_SCOPES

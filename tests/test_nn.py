@@ -1,0 +1,424 @@
+"""`numsru.SRU` and `numsru.SRUCell`: shapes, layers, directions, padding, dropout, parameters, errors."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import numsru
+from numsru import SRU, SRUCell, reference
+
+F64 = torch.float64
+
+MODULES = {
+    "one layer": {},
+    "layers": {"num_layers": 3},
+    "bidirectional": {"num_layers": 2, "bidirectional": True},
+    "equal sizes": {"hidden_size": 6, "num_layers": 2},
+    "equal sizes bidirectional": {"hidden_size": 3, "num_layers": 2, "bidirectional": True},
+    "no bias": {"bias": False},
+    "no highway": {"highway": False, "num_layers": 2},
+    "highway bias": {"highway_bias": -2.0},
+    "rescale": {"rescale": True, "highway_bias": -1.0, "num_layers": 2},
+    "rescale equal sizes": {"rescale": True, "highway_bias": -1.0, "hidden_size": 6},
+    "relu": {"nonlinearity": "relu"},
+    "selu": {"nonlinearity": "selu"},
+    "identity": {"nonlinearity": "identity"},
+    "version 2": {"version": 2, "num_layers": 2, "bidirectional": True},
+    "pre norm": {"layer_norm": "pre", "num_layers": 2},
+    "post norm": {"layer_norm": "post", "num_layers": 2},
+    "projection": {"projection_size": 2, "num_layers": 2},
+}
+
+
+def make(name, **changes):
+    torch.manual_seed(0)
+    options = {"input_size": 6, "hidden_size": 4, "dtype": F64} | MODULES[name] | changes
+    rnn = SRU(**options)
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 2)
+    return rnn
+
+
+def by_hand(rnn, x, c_0=None, mask_pad=None):
+    """The module's forward in plain torch, from its documentation alone. x is (L, B, in)."""
+    L, B, _ = x.shape
+    D, H = 2 if rnn.bidirectional else 1, rnn.hidden_size
+    scale = math.sqrt(1 + 2 * math.exp(rnn.highway_bias)) if rnn.rescale else 1.0
+    states = []
+    for i in range(rnn.num_layers):
+        p = {n.removesuffix(f"_l{i}"): a for n, a in rnn.named_parameters() if n.endswith(f"_l{i}")}
+        norm = getattr(rnn, f"layer_norm_l{i}", None)
+        v = norm(x) if rnn.layer_norm == "pre" else x
+        weight = p["weight"] @ p["weight_proj"] if "weight_proj" in p else p["weight"]
+        K = weight.shape[0] // (D * H)
+        c = None if c_0 is None else torch.cat(list(c_0[i * D : (i + 1) * D]), dim=1)
+        h, c = reference.sru_recurrence(
+            (v @ weight.T).view(L, B, D, K, H),
+            x if K == 3 and rnn.highway else None,
+            p.get("bias"),
+            c,
+            weight_c=p.get("weight_c"),
+            mask_pad=mask_pad,
+            scale_x=scale,
+            nonlinearity=rnn.nonlinearity,
+        )
+        x = norm(h) if rnn.layer_norm == "post" else h
+        if mask_pad is not None:
+            x = x.masked_fill(mask_pad[..., None], 0)
+        states += c.split(H, dim=1)
+    return x, torch.stack(states)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("name", MODULES)
+def test_module_matches_the_reference_with_all_gradients(name, padded):
+    rnn = make(name)
+    x = torch.randn(7, 3, 6, dtype=F64, requires_grad=True)
+    D = 2 if rnn.bidirectional else 1
+    c_0 = torch.randn(rnn.num_layers * D, 3, rnn.hidden_size, dtype=F64, requires_grad=True)
+    mask_pad = torch.rand(7, 3) < 0.3 if padded else None
+    inputs = [x, c_0, *rnn.parameters()]
+    grads = [torch.randn(7, 3, D * rnn.hidden_size, dtype=F64), torch.randn_like(c_0)]
+    received = rnn(x, c_0, mask_pad=mask_pad)
+    expected = by_hand(rnn, x, c_0, mask_pad)
+    torch.testing.assert_close(received, expected)
+    names = ["x", "c_0", *(n for n, _ in rnn.named_parameters())]
+    received = dict(zip(names, torch.autograd.grad(received, inputs, grads), strict=True))
+    expected = dict(zip(names, torch.autograd.grad(expected, inputs, grads), strict=True))
+    torch.testing.assert_close(received, expected)
+
+
+@pytest.mark.parametrize("B", [0, 1, 3])
+@pytest.mark.parametrize("L", [0, 1, 5])
+@pytest.mark.parametrize("name", ["layers", "bidirectional"])
+def test_shapes_are_those_of_gru(name, L, B):
+    if L == 0:
+        expected = (0, B, 4 * (1 + make(name).bidirectional)), make(name)(torch.zeros(1, B, 6, dtype=F64))[1].shape
+    else:
+        gru = torch.nn.GRU(6, 4, **MODULES[name])
+        expected = tuple(a.shape for a in gru(torch.zeros(L, B, 6)))
+    assert tuple(a.shape for a in make(name)(torch.randn(L, B, 6, dtype=F64))) == expected
+
+
+def test_empty_sequence_returns_the_initial_state():
+    c_0 = torch.randn(4, 3, 4, dtype=F64)
+    output, c_n = make("bidirectional")(torch.zeros(0, 3, 6, dtype=F64), c_0)
+    assert output.shape == (0, 3, 8)
+    torch.testing.assert_close(c_n, c_0, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["layers", "bidirectional"])
+def test_batch_first_is_the_transpose(name):
+    x, c_0 = (
+        torch.randn(7, 3, 6, dtype=F64),
+        torch.randn(len(make(name)(torch.zeros(1, 3, 6, dtype=F64))[1]), 3, 4, dtype=F64),
+    )
+    mask_pad = torch.rand(7, 3) < 0.3
+    output, c_n = make(name)(x, c_0, mask_pad=mask_pad)
+    transposed, c_n_transposed = make(name, batch_first=True)(x.transpose(0, 1), c_0, mask_pad=mask_pad.t())
+    torch.testing.assert_close(transposed.transpose(0, 1), output, rtol=0, atol=0)
+    torch.testing.assert_close(c_n_transposed, c_n, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "padding", [{}, {"lengths": 5}, {"mask_pad": torch.arange(7) % 3 == 1}], ids=["full", "lengths", "mask"]
+)
+def test_unbatched_input_is_a_batch_of_one(padding, batch_first):
+    rnn = make("bidirectional", batch_first=batch_first)
+    x, c_0 = torch.randn(7, 6, dtype=F64), torch.randn(4, 4, dtype=F64)
+    dim = 0 if batch_first else 1
+    batched = {"lengths": [5]} if "lengths" in padding else {n: m.unsqueeze(dim) for n, m in padding.items()}
+    output, c_n = rnn(x, c_0, **padding)
+    expected, c_expected = rnn(x.unsqueeze(dim), c_0.unsqueeze(1), **batched)
+    torch.testing.assert_close(output, expected.squeeze(dim), rtol=0, atol=0)
+    torch.testing.assert_close(c_n, c_expected.squeeze(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("name", ["layers", "bidirectional"])
+def test_packed_sequence_matches_lengths(name, enforce_sorted):
+    rnn = make(name)
+    lengths = torch.tensor([7, 4, 1]) if enforce_sorted else torch.tensor([4, 1, 7])
+    x, c_0 = torch.randn(7, 3, 6, dtype=F64), torch.randn(3 if name == "layers" else 4, 3, 4, dtype=F64)
+    packed, c_n = rnn(pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted), c_0)
+    assert isinstance(packed, PackedSequence)
+    output, unpacked_lengths = pad_packed_sequence(packed)
+    torch.testing.assert_close(unpacked_lengths, lengths)
+    expected = rnn(x, c_0, lengths=lengths)
+    torch.testing.assert_close((output, c_n), expected, rtol=0, atol=0)
+
+
+def test_packed_output_has_the_layout_of_gru():
+    x = pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([4, 7, 1]), enforce_sorted=False)
+    received, expected = SRU(6, 4)(x)[0], torch.nn.GRU(6, 4)(x)[0]
+    assert received.data.shape == expected.data.shape
+    for field in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        torch.testing.assert_close(getattr(received, field), getattr(expected, field))
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([7, 0, 3]), torch.tensor([7, 0, 3], dtype=torch.int32), [7, 0, 3]])
+def test_lengths_equal_a_mask(lengths):
+    rnn, x = make("bidirectional"), torch.randn(7, 3, 6, dtype=F64)
+    mask_pad = torch.arange(7)[:, None] >= torch.tensor([7, 0, 3])
+    torch.testing.assert_close(rnn(x, lengths=lengths), rnn(x, mask_pad=mask_pad), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["layers", "bidirectional", "post norm", "pre norm"])
+def test_nan_in_padding_reaches_neither_outputs_nor_gradients(name):
+    rnn, x = make(name), torch.randn(7, 3, 6, dtype=F64)
+    lengths = torch.tensor([7, 4, 0])
+    x[torch.arange(7)[:, None] >= lengths] = float("nan")
+    output, c_n = rnn(x.requires_grad_(), lengths=lengths)
+    (output.square().sum() + c_n.sum()).backward()
+    assert not output[4:, 1].any()
+    for a in (output, c_n, x.grad, *(p.grad for p in rnn.parameters())):
+        assert a.isfinite().all()
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    rnn, x = make("bidirectional"), torch.randn(7, 3, 6, dtype=F64)
+    output, c_n = rnn(x)
+    alone, c_alone = rnn(x[:, 1:2])
+    torch.testing.assert_close(alone, output[:, 1:2])
+    torch.testing.assert_close(c_alone, c_n[:, 1:2])
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_carrying_the_state_continues_the_sequence(cut):
+    rnn, x = make("layers"), torch.randn(7, 3, 6, dtype=F64)
+    output, c_n = rnn(x)
+    first, c = rnn(x[:cut])
+    second, c = rnn(x[cut:], c)
+    torch.testing.assert_close(torch.cat([first, second]), output, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(c, c_n, rtol=1e-14, atol=1e-14)
+
+
+def test_cell_takes_the_parameters_of_a_layer():
+    rnn = make("one layer")
+    cell = SRUCell(6, 4, dtype=F64)
+    cell.load_state_dict(rnn.state_dict())
+    x = torch.randn(5, 3, 6, dtype=F64)
+    output, c_n = rnn(x)
+    c = None
+    for t in range(5):
+        h, c = cell(x[t], c)
+        torch.testing.assert_close(h, output[t])
+    torch.testing.assert_close(c, c_n[0])
+
+
+def test_cell_takes_an_input_without_a_batch():
+    cell, x, c = SRUCell(6, 4), torch.randn(3, 6), torch.randn(3, 4)
+    h, c_n = cell(x, c)
+    torch.testing.assert_close(cell(x[1], c[1]), (h[1], c_n[1]))
+
+
+def dropout_share(values):
+    """The share of zeros, after checking that a unit's mask is the same at every step."""
+    dropped = values == 0
+    assert (dropped == dropped[0]).all()
+    return dropped[0].double().mean()
+
+
+def test_state_dropout_spares_the_highway_at_the_paper_placement():
+    # A reset gate wide open: h = m g(c) in layer 0, which the second layer, without a highway, cannot restore.
+    rnn = SRU(64, 64, num_layers=2, dropout=0.3)
+    with torch.no_grad():
+        rnn.bias_l0[:, 1] = 50
+    seen = []
+    layer = rnn._layer
+    rnn._layer = lambda *args: seen.append(layer(*args)) or seen[-1]
+    x = torch.randn(5, 100, 64)
+    rnn(x)
+    assert dropout_share(seen[0][0]) == pytest.approx(0.3, abs=0.03)
+    assert not (seen[0][1] == 0).any()  # the state itself is never dropped
+    assert not (seen[1][0] == 0).any()  # the last layer is not dropped
+    with torch.no_grad():
+        rnn.bias_l0[:, 1] = -50
+    seen.clear()
+    rnn(x)
+    torch.testing.assert_close(seen[0][0], x)
+
+
+def test_dropped_units_pass_the_highway_input_at_the_highway_placement():
+    rnn = SRU(64, 64, num_layers=2, dropout=0.3, dropout_placement="highway")
+    with torch.no_grad():
+        rnn.bias_l0[:, 1] = 50
+    seen = []
+    layer = rnn._layer
+    rnn._layer = lambda *args: seen.append(layer(*args)) or seen[-1]
+    x = torch.randn(5, 100, 64)
+    rnn(x)
+    assert dropout_share(seen[0][0] - x) == pytest.approx(0.3, abs=0.03)
+
+
+def test_input_dropout_is_shared_over_time(monkeypatch):
+    rnn = SRU(64, 64, rnn_dropout=0.4)
+    products = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda v, w: products.append(v) or linear(v, w))
+    x = torch.ones(5, 100, 64)
+    rnn(x)
+    assert dropout_share(products[0]) == pytest.approx(0.4, abs=0.03)
+    assert products[0].max() == pytest.approx(1 / 0.6)
+
+
+@pytest.mark.parametrize("option", ["dropout", "rnn_dropout"])
+def test_dropout_is_off_in_eval_mode(option):
+    rnn = make("layers", **{option: 0.5})
+    x = torch.randn(7, 3, 6, dtype=F64)
+    torch.testing.assert_close(rnn.eval()(x), make("layers")(x), rtol=0, atol=0)
+    assert not torch.equal(rnn.train()(x)[0], rnn(x)[0])
+
+
+def test_gradcheck_with_input_dropout():
+    rnn = make("equal sizes", rnn_dropout=0.5, dropout=0.5)
+
+    def run(x, *parameters):
+        torch.manual_seed(3)
+        return torch.func.functional_call(rnn, dict(zip(names, parameters, strict=True)), x)
+
+    names = [n for n, _ in rnn.named_parameters()]
+    x = torch.randn(3, 2, 6, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *rnn.parameters()))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_state_dict_round_trip(name):
+    rnn, other = make(name), make(name)
+    other.reset_parameters()
+    other.load_state_dict(rnn.state_dict())
+    x = torch.randn(7, 3, 6, dtype=F64)
+    torch.testing.assert_close(other(x), rnn(x), rtol=0, atol=0)
+
+
+def test_deepcopy_is_independent():
+    rnn = make("bidirectional")
+    twin = copy.deepcopy(rnn)
+    with torch.no_grad():
+        twin.weight_l0.zero_()
+    assert rnn.weight_l0.any()
+
+
+def test_parameter_shapes_are_as_documented():
+    rnn = SRU(10, 8, 2, bidirectional=True, version=2, projection_size=3)
+    assert {n: tuple(p.shape) for n, p in rnn.named_parameters()} == {
+        "weight_proj_l0": (3, 10), "weight_l0": (2 * 4 * 8, 3), "bias_l0": (2, 2, 8), "weight_c_l0": (2, 2, 8),
+        "weight_proj_l1": (3, 16), "weight_l1": (2 * 3 * 8, 3), "bias_l1": (2, 2, 8), "weight_c_l1": (2, 2, 8),
+    }  # fmt: skip
+
+
+def test_product_keeps_the_variance_at_initialisation():
+    torch.manual_seed(0)
+    weight = SRU(300, 200).weight_l0
+    assert weight.abs().max() <= math.sqrt(3 / 300)
+    assert weight.var().item() * 300 == pytest.approx(1, rel=0.02)
+
+
+def test_highway_bias_is_on_the_reset_gate_alone():
+    bias = SRU(3, 4, bidirectional=True, highway_bias=-2.5).bias_l0
+    assert (bias[:, 0] == 0).all()
+    assert (bias[:, 1] == -2.5).all()
+
+
+def test_version_2_initialisation_divides_gate_weights_by_root_2():
+    torch.manual_seed(0)
+    weight = SRU(300, 200, version=2).weight_l0.view(4, 200, 300)
+    variances = [part.var().item() * 300 for part in weight]
+    assert variances == pytest.approx([1, 0.5, 0.5, 1], rel=0.03)
+
+
+def test_rescale_multiplies_the_skip_matrix_once():
+    torch.manual_seed(0)
+    weight = SRU(300, 200, rescale=True, highway_bias=-1.0).weight_l0.view(4, 200, 300)
+    assert weight[3].var().item() * 300 == pytest.approx(1 + 2 * math.exp(-1), rel=0.03)
+
+
+def test_repr_names_what_differs_from_the_defaults():
+    rnn = SRU(3, 4, 2, batch_first=True, dropout=0.1, bidirectional=True, highway_bias=-1, version=2)
+    assert repr(rnn) == (
+        "SRU(3, 4, num_layers=2, batch_first=True, dropout=0.1, bidirectional=True, highway_bias=-1.0, version=2)"
+    )
+    assert repr(SRUCell(3, 4)) == "SRUCell(3, 4)"
+
+
+def test_parameters_follow_the_dtype_or_device_asked_for():
+    assert SRU(3, 4, dtype=F64).weight_l0.dtype == F64
+    assert SRU(3, 4, device="meta").weight_l0.device.type == "meta"
+
+
+def test_autocast_runs_the_recurrence_in_the_inputs_precision():
+    rnn, x = SRU(6, 4), torch.randn(5, 2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = rnn(x)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, rnn(x)[0], rtol=0.05, atol=0.05)
+
+
+CONSTRUCTOR_ERRORS = {
+    "hidden_size": ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    "input_size": ({"input_size": 2.5}, TypeError, "input_size must be an int, got float"),
+    "num_layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    "dropout": ({"dropout": 1.5}, ValueError, r"dropout must be a probability in \[0, 1\), got 1.5"),
+    "rnn_dropout": ({"rnn_dropout": -0.1}, ValueError, "rnn_dropout must be a probability"),
+    "version": ({"version": 3}, ValueError, "version must be 1 or 2, got 3"),
+    "nonlinearity": ({"nonlinearity": "gelu"}, ValueError, "nonlinearity must be one of .*, got 'gelu'"),
+    "placement": ({"dropout_placement": "x"}, ValueError, "dropout_placement must be one of .*, got 'x'"),
+    "layer_norm": ({"layer_norm": True}, ValueError, "layer_norm must be one of None, 'pre', 'post', got True"),
+    "projection_size": ({"projection_size": -1}, ValueError, "projection_size must be at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTOR_ERRORS)
+def test_constructor_error_says_what_was_expected(name):
+    options, error, message = CONSTRUCTOR_ERRORS[name]
+    with pytest.raises(error, match=message):
+        SRU(**({"input_size": 6, "hidden_size": 4} | options))
+
+
+X = torch.zeros(7, 3, 6)
+FORWARD_ERRORS = {
+    "a list": (([1.0],), {}, TypeError, "input must be a Tensor, got list"),
+    "4 dimensions": ((torch.zeros(1, 7, 3, 6),), {}, ValueError, "input must have 2 or 3 dimensions"),
+    "features": ((torch.zeros(7, 3, 5),), {}, ValueError, r"input_size = 6 features .*\(7, 3, 5\)"),
+    "dtype": ((X.double(),), {}, TypeError, "input must be torch.float32 as the parameters are, got torch.float64"),
+    "device": ((X.to("meta"),), {}, ValueError, "input must be on cpu as the parameters are, got meta"),
+    "c_0": ((X, torch.zeros(1, 3, 4)), {}, ValueError, r"c_0 must have shape \(2, 3, 4\), got \(1, 3, 4\)"),
+    "LSTM's state": ((X, (X, X)), {}, TypeError, "not LSTM's two"),
+    "lengths": ((X,), {"lengths": [7, 8, 1]}, ValueError, "between 0 and L = 7"),
+    "too many lengths": ((X,), {"lengths": [7, 1]}, ValueError, r"lengths must have shape \(3,\)"),
+    "mask_pad": ((X,), {"mask_pad": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, r"mask_pad .* \(7, 3\)"),
+    "both": ((X,), {"lengths": [1, 1, 1], "mask_pad": torch.zeros(7, 3, dtype=torch.bool)}, ValueError, "at most one"),
+    "packed lengths": ((pack_padded_sequence(X, [7, 7, 7]),), {"lengths": [7, 7, 7]}, ValueError, "brings its own"),
+    "packed features": ((pack_padded_sequence(X[..., 1:], [7, 7, 7]),), {}, ValueError, "input_size = 6"),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_ERRORS)
+def test_forward_error_says_what_was_expected(name):
+    args, kwargs, error, message = FORWARD_ERRORS[name]
+    with pytest.raises(error, match=message):
+        SRU(6, 4, num_layers=2)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((torch.zeros(7, 3, 6),), ValueError, "input must have 1 or 2 dimensions"),
+        ((torch.zeros(3, 6), torch.zeros(2, 4)), ValueError, r"c must have shape \(3, 4\), got \(2, 4\)"),
+        ((torch.zeros(3, 6), [1.0]), TypeError, "c must be a Tensor, got list"),
+    ],
+)
+def test_cell_error_says_what_was_expected(args, error, message):
+    with pytest.raises(error, match=message):
+        SRUCell(6, 4)(*args)
+
+
+def test_public_names_exist():
+    assert all(hasattr(numsru, name) for name in numsru.__all__)
+    assert numsru.__version__
