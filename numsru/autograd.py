@@ -16,6 +16,7 @@ from .recurrence import (
     NO_PADDING,
     NO_SKIP,
     NONLINEARITIES,
+    PACKED,
     PAPER,
     SKIP_INPUT,
     SKIP_PROJECTED,
@@ -40,29 +41,29 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
-        mask_c: Tensor | None, valid: Tensor | None, scale_x: float, options: Options,
+        mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int, options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         kernels = _kernels(u.device.type)
         assert kernels is not None
-        h, c_n, c = kernels.forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x)
+        h, c_n, c = kernels.forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B)
         ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c)
-        ctx.kernels, ctx.scale_x, ctx.options = kernels, scale_x, options
+        ctx.constants = kernels, options, scale_x, L, B
         return h, c_n
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode is on in a backward pass that is itself to be differentiated.
         compute: Any = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        grads = compute(ctx.kernels, ctx.options, ctx.scale_x, *ctx.saved_tensors, grad_h, grad_c_n)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
+        grads = compute(*ctx.constants, *ctx.saved_tensors, grad_h, grad_c_n)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
 
 
 def _gradients(
-    kernels: ModuleType, options: Options, scale_x: float, u: Tensor, x: Tensor | None, bias: Tensor,
+    kernels: ModuleType, options: Options, scale_x: float, L: int, B: int, u: Tensor, x: Tensor | None, bias: Tensor,
     weight_c: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     return kernels.backward(  # type: ignore[no-any-return]
-        options, u, x, bias, weight_c, mask_c, valid, scale_x, c, grad_h.contiguous(), grad_c_n.contiguous()
+        options, u, x, bias, weight_c, mask_c, valid, scale_x, L, B, c, grad_h.contiguous(), grad_c_n.contiguous()
     )
 
 
@@ -91,6 +92,7 @@ def sru_recurrence(
     mask_c: Tensor | None = None,
     lengths: Tensor | None = None,
     mask_pad: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale_x: float = 1.0,
     nonlinearity: str | None = None,
     dropout_placement: str = "paper",
@@ -107,8 +109,9 @@ def sru_recurrence(
 
     Args:
         u: Projected input, shape `(L, B, D, K, H)`: steps, batch, directions (1 or 2), sub-matrices (candidate,
-            forget, reset and, with K = 4, skip), units. Direction 1 runs from the last step to the first.
-        x: Highway input, shape `(L, B, D*H)`, with K = 3. None with K = 4, where `u[:, :, :, 3]` replaces it, or for
+            forget, reset and, with K = 4, skip), units. Direction 1 runs from the last step to the first. With
+            `cu_seqlens`, `(total_steps, D, K, H)`.
+        x: Highway input, shape `(L, B, D*H)`, or `(total_steps, D*H)`, with K = 3. None with K = 4, where `u[:, :, :, 3]` replaces it, or for
             a layer without a highway.
         bias: Forget and reset bias, shape `(D, 2, H)`. None for zeros.
         c_0: Initial state, shape `(B, D*H)`. Default: zeros.
@@ -119,13 +122,16 @@ def sru_recurrence(
             GPU the values are not checked (that would stall it) but clamped to [0, L].
         mask_pad: True at padding, anywhere, shape `(L, B)`, bool. At most one of `lengths` and `mask_pad`.
             At padding c passes unchanged, h = 0 and all gradients are 0, whatever the padding holds.
+        cu_seqlens: For sequences that lie end to end without padding: where each begins and, last, the end of all,
+            shape `(B + 1,)`, integers from 0 to total_steps, none smaller than the one before. Not with `lengths` or
+            `mask_pad`. On a GPU the values are not checked, but nothing outside the arrays is touched.
         scale_x: Factor of the highway input, with K = 3.
         nonlinearity: g: "tanh", "identity", "relu" or "selu". Default: tanh in version 1, identity in version 2.
         dropout_placement: "paper", as above, or "highway": :math:`h = x + (g(c) - x) \odot m \odot r`, where a
             dropped unit passes x through.
 
     Returns:
-        `h`, shape `(L, B, D*H)`, and `c_n`, shape `(B, D*H)`: the state after the last valid step of each direction.
+        `h`, shape `(L, B, D*H)` or `(total_steps, D*H)`, and `c_n`, shape `(B, D*H)`: the state after the last valid step of each direction.
 
     Raises:
         ValueError: If shapes, devices or values disagree, TypeError if dtypes do. The message gives what was
@@ -144,24 +150,33 @@ def sru_recurrence(
         >>> h.shape, c_n.shape
         (torch.Size([5, 2, 4]), torch.Size([2, 4]))
     """
-    if u.dim() != 5 or u.shape[2] not in (1, 2) or u.shape[3] not in (3, 4) or u.shape[4] == 0:
+    leading = "(L, B" if cu_seqlens is None else "(total_steps"
+    dims = 5 if cu_seqlens is None else 4
+    if u.dim() != dims or u.shape[-3] not in (1, 2) or u.shape[-2] not in (3, 4) or u.shape[-1] == 0:
         raise ValueError(
-            "u must have shape (L, B, D, K, H) with D = 1 or 2 directions, K = 3 or 4 sub-matrices "
+            f"u must have shape {leading}, D, K, H) with D = 1 or 2 directions, K = 3 or 4 sub-matrices "
             f"and H >= 1 units, got {tuple(u.shape)}"
         )
-    L, B, D, K, H = u.shape
+    D, K, H = u.shape[-3:]
     if u.dtype not in _DTYPES:
         raise TypeError(f"u must be float32 or float64, got {u.dtype}")
     if K == 4 and x is not None:
         raise ValueError("x must be None where u has K = 4 sub-matrices: the fourth replaces it")
-    _check("x", x, (L, B, D * H), u.dtype, u.device)
+    if cu_seqlens is None:
+        L, B = u.shape[:2]
+        valid = check_padding(lengths, mask_pad, L, B, u.device)
+    else:
+        if lengths is not None or mask_pad is not None:
+            raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
+        valid, L = _check_cu_seqlens(cu_seqlens, u.shape[0], u.device)
+        B = len(cu_seqlens) - 1
+    _check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
     _check("bias", bias, (D, 2, H), u.dtype, u.device)
     _check("c_0", c_0, (B, D * H), u.dtype, u.device)
     _check("weight_c", weight_c, (D, 2, H), u.dtype, u.device)
     _check("mask_c", mask_c, (B, D * H), u.dtype, u.device)
     if mask_c is not None and mask_c.requires_grad:
         raise ValueError("mask_c is a constant of the recurrence and cannot require a gradient; detach it")
-    valid = check_padding(lengths, mask_pad, L, B, u.device)
     if nonlinearity is None:
         nonlinearity = "tanh" if weight_c is None else "identity"
     _check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
@@ -169,15 +184,18 @@ def sru_recurrence(
 
     if _kernels(u.device.type) is None:
         return reference.sru_recurrence(
-            u, x, bias, c_0, weight_c=weight_c, mask_c=mask_c, lengths=lengths, mask_pad=mask_pad, scale_x=scale_x,
-            nonlinearity=nonlinearity, dropout_placement=dropout_placement,
+            u, x, bias, c_0, weight_c=weight_c, mask_c=mask_c, lengths=lengths, mask_pad=mask_pad,
+            cu_seqlens=cu_seqlens, scale_x=scale_x, nonlinearity=nonlinearity, dropout_placement=dropout_placement,
         )  # fmt: skip
+    padding = NO_PADDING
+    for kind, given in ((LENGTHS, lengths), (MASK, mask_pad), (PACKED, cu_seqlens)):
+        padding = padding if given is None else kind
     options = Options(
         version=1 if weight_c is None else 2,
         nonlinearity=NONLINEARITIES[nonlinearity],
         placement=PAPER if mask_c is None else DROPOUT_PLACEMENTS[dropout_placement],
         skip=SKIP_PROJECTED if K == 4 else NO_SKIP if x is None else SKIP_INPUT,
-        padding=LENGTHS if lengths is not None else NO_PADDING if mask_pad is None else MASK,
+        padding=padding,
         has_c_0=c_0 is not None,
         has_mask_c=mask_c is not None,
         save_c=torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, bias, c_0, weight_c)),
@@ -185,7 +203,7 @@ def sru_recurrence(
     if bias is None:
         bias = u.new_zeros(D, 2, H)
     tensors = (None if a is None else a.contiguous() for a in (u, x, bias, weight_c, c_0, mask_c, valid))
-    return _Recurrence.apply(*tensors, float(scale_x), options)  # type: ignore[no-any-return, no-untyped-call]
+    return _Recurrence.apply(*tensors, float(scale_x), L, B, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _check(name: str, a: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -218,6 +236,22 @@ def check_padding(
     if lengths.device.type != "cpu" and lengths.device != device:
         raise ValueError(f"lengths must be on {device} as u is, or on the CPU, got {lengths.device}")
     return lengths.to(device, torch.int64)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device) -> tuple[Tensor, int]:
+    """cu_seqlens as int64 on `device`, and the length of the longest sequence, or a bound where it is not known."""
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype.is_floating_point or cu_seqlens.dtype.is_complex or cu_seqlens.dtype == torch.bool:
+        raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
+    if cu_seqlens.device.type != "cpu":
+        if cu_seqlens.device != device:
+            raise ValueError(f"cu_seqlens must be on {device} as u is, or on the CPU, got {cu_seqlens.device}")
+        return cu_seqlens.long(), total_steps
+    lengths = cu_seqlens.diff().tolist()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total_steps or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to total_steps = {total_steps}, got {cu_seqlens.tolist()}")
+    return cu_seqlens.to(device, torch.int64), max(lengths, default=0)
 
 
 def _check_choice(name: str, value: str, choices: dict[str, int]) -> None:

@@ -24,6 +24,7 @@ from .cpu_intrinsics import READ, fetch_add, load, store
 from .recurrence import (
     LENGTHS,
     MASK,
+    PACKED,
     SKIP_INPUT,
     SKIP_PROJECTED,
     Options,
@@ -34,7 +35,7 @@ from .recurrence import (
 )
 
 # Alias scopes of what the kernels write, see cpu_intrinsics: each is a separate piece of memory.
-C, H_OUT, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET, GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R = range(1, 12)
+C, H_OUT, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET, GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R, C_N = range(1, 13)
 
 # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
 _compile = cfunc(types.void(types.int64), error_model="numpy", fastmath={"contract"})
@@ -59,46 +60,75 @@ def _next_task(args):
 
 
 @register_jitable
-def _is_padded(valid, padding, t, b, B):
+def _count_steps(valid, padding, b, L):
+    """Steps that batch row b takes in either direction; those of padding only where it may stand anywhere."""
     if padding == LENGTHS:
-        return t >= load(valid, b, np.int64, READ)
-    if padding == MASK:
-        return load(valid, t * B + b, np.uint8, READ) != 0
-    return False
+        return load(valid, b, np.int64, READ)
+    if padding == PACKED:
+        return load(valid, b + 1, np.int64, READ) - load(valid, b, np.int64, READ)
+    return L
+
+
+@register_jitable
+def _position(valid, padding, t, b, B):
+    """Where step t of batch row b stands among all steps of all rows."""
+    if padding == PACKED:
+        return load(valid, b, np.int64, READ) + t
+    return t * B + b
+
+
+@register_jitable
+def _slot(valid, padding, s, b, B, save_c):
+    """Where c holds the state of batch row b before its s-th step. What is not saved takes turns in two slots."""
+    if not save_c:
+        return s % 2 * B + b
+    return _position(valid, padding, s, b, B) + (b if padding == PACKED else 0)
 
 
 @functools.cache
 def _forward_kernel(options: Options, real: Any) -> Any:
-    """Writes h and c. Slot s of c, modulo the number of slots, holds the states before the s-th step."""
-    version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
+    """Writes h, c and c_n."""
+    version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, save_c = options
     parts, size = options.parts, np.dtype(real).itemsize
 
     @_compile
     def forward(args):
         L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
-        scale_x, slots = real(load(args, 8, np.float64, READ)), _word(args, 9)
-        u, x, bias, weight_c = _word(args, 10), _word(args, 11), _word(args, 12), _word(args, 13)
-        mask_c, valid, h, c = _word(args, 14), _word(args, 15), _word(args, 16), _word(args, 17)
+        scale_x, u, x, bias = real(load(args, 8, np.float64, READ)), _word(args, 9), _word(args, 10), _word(args, 11)
+        weight_c, c_0, mask_c, valid = _word(args, 12), _word(args, 13), _word(args, 14), _word(args, 15)
+        h, c, c_n = _word(args, 16), _word(args, 17), _word(args, 18)
+        B = rows // D
         while True:
             first_row, end_row, first_unit, units = _next_task(args)
             if first_row == end_row:
                 return
+            for row in range(first_row, end_row):
+                b, d, at = row // D, row % D, row * H + first_unit
+                c_next = c + ((_slot(valid, padding, 0, b, B, save_c) * D + d) * H + first_unit) * size
+                for j in range(units):
+                    store(c_next, j, load(c_0 + at * size, j, real, READ) if c_0 else real(0), C)
             for s in range(L):
                 for row in range(first_row, end_row):
-                    b, d = row // D, row % D
-                    t = L - 1 - s if d == 1 else s
-                    at = row * H + first_unit
-                    h_row = h + (t * rows * H + at) * size
-                    c_prev = c + (s % slots * rows * H + at) * size
-                    c_next = c + ((s + 1) % slots * rows * H + at) * size
-                    if _is_padded(valid, padding, t, b, rows // D):
+                    b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
+                    if s >= steps:
+                        if padding == LENGTHS:
+                            h_row = h + ((s * B + b) * D * H + d * H + first_unit) * size
+                            for j in range(units):
+                                store(h_row, j, real(0), H_OUT)
+                        continue
+                    t = steps - 1 - s if d == 1 else s
+                    position = _position(valid, padding, t, b, B)
+                    at = (position * D + d) * H + first_unit
+                    h_row = h + at * size
+                    c_prev = c + ((_slot(valid, padding, s, b, B, save_c) * D + d) * H + first_unit) * size
+                    c_next = c + ((_slot(valid, padding, s + 1, b, B, save_c) * D + d) * H + first_unit) * size
+                    if padding == MASK and load(valid, position, np.uint8, READ) != 0:
                         for j in range(units):
                             store(c_next, j, load(c_prev, j, real, C), C)
                             store(h_row, j, real(0), H_OUT)
                         continue
-                    u_row = u + ((t * rows + row) * parts * H + first_unit) * size
-                    x_row = x + (t * rows * H + at) * size
-                    mask_row = mask_c + at * size
+                    u_row = u + ((position * D + d) * parts * H + first_unit) * size
+                    x_row, mask_row = x + at * size, mask_c + (row * H + first_unit) * size
                     gate_row = (d * 2 * H + first_unit) * size
                     for j in range(units):
                         c_j = load(c_prev, j, real, C)
@@ -116,6 +146,12 @@ def _forward_kernel(options: Options, real: Any) -> Any:
                         c_j = next_state(f, load(u_row, j, real, READ), c_j)
                         store(c_next, j, c_j, C)
                         store(h_row, j, output(c_j, r, skip, mask, nonlinearity, placement), H_OUT)
+            for row in range(first_row, end_row):
+                b, d, at = row // D, row % D, row * H + first_unit
+                last = _slot(valid, padding, _count_steps(valid, padding, b, L), b, B, save_c)
+                c_prev = c + ((last * D + d) * H + first_unit) * size
+                for j in range(units):
+                    store(c_n + at * size, j, load(c_prev, j, real, C), C_N)
 
     return forward
 
@@ -129,24 +165,27 @@ def _backward_kernel(options: Options, real: Any) -> Any:
     @_compile
     def backward(args):
         L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
-        scale_x = real(load(args, 8, np.float64, READ))
-        u, x, bias, weight_c = _word(args, 9), _word(args, 10), _word(args, 11), _word(args, 12)
-        mask_c, valid, c, grad_h = _word(args, 13), _word(args, 14), _word(args, 15), _word(args, 16)
-        grad_c, grad_u, grad_x = _word(args, 17), _word(args, 18), _word(args, 19)
+        scale_x, u, x, bias = real(load(args, 8, np.float64, READ)), _word(args, 9), _word(args, 10), _word(args, 11)
+        weight_c, mask_c, valid, c = _word(args, 12), _word(args, 13), _word(args, 14), _word(args, 15)
+        grad_h, grad_c, grad_u, grad_x = _word(args, 16), _word(args, 17), _word(args, 18), _word(args, 19)
         sum_bias, sum_weight_c = _word(args, 20), _word(args, 21)
+        B = rows // D
         while True:
             first_row, end_row, first_unit, units = _next_task(args)
             if first_row == end_row:
                 return
             for s in range(L - 1, -1, -1):
                 for row in range(first_row, end_row):
-                    b, d = row // D, row % D
-                    t = L - 1 - s if d == 1 else s
-                    at = row * H + first_unit
-                    x_row, grad_x_row = x + (t * rows * H + at) * size, grad_x + (t * rows * H + at) * size
-                    in_u = ((t * rows + row) * parts * H + first_unit) * size
+                    b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
+                    t = steps - 1 - s if d == 1 and s < steps else s
+                    position = _position(valid, padding, t, b, B)
+                    at = (position * D + d) * H + first_unit
+                    in_u = ((position * D + d) * parts * H + first_unit) * size
                     u_row, grad_u_row = u + in_u, grad_u + in_u
-                    if _is_padded(valid, padding, t, b, rows // D):
+                    x_row, grad_x_row, grad_h_row = x + at * size, grad_x + at * size, grad_h + at * size
+                    if s >= steps and padding == PACKED:
+                        continue
+                    if s >= steps or (padding == MASK and load(valid, position, np.uint8, READ) != 0):
                         for k in range(parts):
                             for j in range(units):
                                 store(grad_u_row, k * H + j, real(0), GRAD_CANDIDATE)
@@ -154,10 +193,9 @@ def _backward_kernel(options: Options, real: Any) -> Any:
                             for j in range(units):
                                 store(grad_x_row, j, real(0), GRAD_SKIP)
                         continue
-                    c_prev = c + (s * rows * H + at) * size
-                    c_next = c + ((s + 1) * rows * H + at) * size
-                    grad_h_row = grad_h + (t * rows * H + at) * size
-                    grad_c_row, mask_row = grad_c + at * size, mask_c + at * size
+                    c_prev = c + ((_slot(valid, padding, s, b, B, True) * D + d) * H + first_unit) * size
+                    c_next = c + ((_slot(valid, padding, s + 1, b, B, True) * D + d) * H + first_unit) * size
+                    grad_c_row, mask_row = grad_c + (row * H + first_unit) * size, mask_c + (row * H + first_unit) * size
                     gate_row = (d * 2 * H + first_unit) * size
                     sum_row = (row * 2 * H + first_unit) * size
                     for j in range(units):
@@ -216,7 +254,7 @@ _start_team = _find_parallel()
 _ELEMENTS_PER_THREAD = 1 << 14  # below this a thread costs more than it saves
 
 
-def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, *arguments: Tensor | int | None) -> None:
+def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, *arrays: Tensor | None) -> None:
     n_threads = max(1, min(torch.get_num_threads(), L * rows * H // _ELEMENTS_PER_THREAD))
     row_blocks = min(rows, n_threads)
     rows_per_task = -(-rows // row_blocks)
@@ -226,7 +264,7 @@ def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, *argume
     n_tasks = -(-rows // rows_per_task) * -(-H // units_per_task)
     words = np.array(
         [0, n_tasks, rows_per_task, units_per_task, L, rows, D, H, 0]
-        + [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments],
+        + [0 if a is None else a.data_ptr() for a in arrays],
         np.int64,
     )
     words[8:9].view(np.float64)[0] = scale_x
@@ -249,32 +287,31 @@ def _real(dtype: torch.dtype) -> Any:
 
 def forward(
     options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
-    mask_c: Tensor | None, valid: Tensor | None, scale_x: float,
+    mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """h, c_n and, with `save_c`, what backward needs of c: the states of all steps, (L + 1, B, D*H)."""
-    L, B, D, _, H = u.shape
-    slots = L + 1 if options.save_c else 2
-    h, c = u.new_empty(L, B, D * H), u.new_empty(slots, B, D * H)
-    if c_0 is None:
-        c[0].zero_()
-    else:
-        c[0] = c_0
-    if c[0].numel():
-        arguments = u, x, bias, weight_c, mask_c, valid, h, c
-        _run(_forward_kernel(options, _real(u.dtype)), L, B * D, D, H, scale_x, slots, *arguments)
-    return h, c[L % slots].clone(), c if options.save_c else None
+    """h, c_n and, with `save_c`, what backward needs of c: the states before every step and after the last."""
+    D, H = u.shape[-3], u.shape[-1]
+    positions = u.shape[:-3].numel()
+    h, c_n = u.new_empty(*u.shape[:-3], D * H), u.new_empty(B, D * H)
+    c = u.new_empty(positions + B if options.save_c else 2 * B, D * H)
+    if c_n.numel():
+        # The address of c_0 tells the kernel whether there is one: no need to compile it twice.
+        kernel = _forward_kernel(options._replace(has_c_0=False), _real(u.dtype))
+        _run(kernel, L, B * D, D, H, scale_x, u, x, bias, weight_c, c_0, mask_c, valid, h, c, c_n)
+    return h, c_n, c if options.save_c else None
 
 
 def backward(
     options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, mask_c: Tensor | None,
-    valid: Tensor | None, scale_x: float, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
+    valid: Tensor | None, scale_x: float, L: int, B: int, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of u, x, bias, weight_c and c_0."""
-    L, B, D, _, H = u.shape
+    D, H = u.shape[-3], u.shape[-1]
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
     grad_c, sum_bias = grad_c_n.clone(), u.new_zeros(B, D, 2, H)
     sum_weight_c = None if weight_c is None else torch.zeros_like(sum_bias)
     if grad_c.numel():
+        kernel = _backward_kernel(options._replace(has_c_0=False), _real(u.dtype))
         arguments = u, x, bias, weight_c, mask_c, valid, c, grad_h, grad_c, grad_u, grad_x, sum_bias, sum_weight_c
-        _run(_backward_kernel(options, _real(u.dtype)), L, B * D, D, H, scale_x, *arguments)
+        _run(kernel, L, B * D, D, H, scale_x, *arguments)
     return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c

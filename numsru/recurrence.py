@@ -26,7 +26,8 @@ PAPER, HIGHWAY = range(2)
 DROPOUT_PLACEMENTS = {"paper": PAPER, "highway": HIGHWAY}
 
 NO_SKIP, SKIP_INPUT, SKIP_PROJECTED = range(3)  # no highway; the layer's input x (K = 3); the fourth sub-matrix (K = 4)
-NO_PADDING, LENGTHS, MASK = range(3)  # every step is valid; `lengths`, (B,); `mask_pad`, (L, B)
+# Every step is valid; `lengths`, (B,); `mask_pad`, (L, B); no padding at all: sequences end to end, `cu_seqlens`, (B + 1,)
+NO_PADDING, LENGTHS, MASK, PACKED = range(4)
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717

@@ -23,6 +23,7 @@ def sru_recurrence(
     mask_c: Tensor | None = None,
     lengths: Tensor | None = None,
     mask_pad: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale_x: float = 1.0,
     nonlinearity: str | None = None,
     dropout_placement: str = "paper",
@@ -51,6 +52,8 @@ def sru_recurrence(
         mask_c: Dropout mask :math:`m`, already scaled, shape `(B, D*H)`. Default: no dropout.
         lengths: Number of valid steps of each row, the rest being padding, shape `(B,)`.
         mask_pad: True where a step is padding, shape `(L, B)`. At most one of `lengths` and `mask_pad`.
+        cu_seqlens: Where each of B sequences that lie end to end begins, and where the last ends, shape `(B + 1,)`. The
+            leading `(L, B` of `u`, `x` and `h` is then `(total_steps`.
         scale_x: Factor on `x`.
         nonlinearity: :math:`g`, one of "identity", "tanh", "relu", "selu". Default: "tanh" for version 1, "identity"
             for version 2.
@@ -69,6 +72,24 @@ def sru_recurrence(
     Example:
         >>> h, c_n = sru_recurrence(torch.randn(5, 2, 1, 3, 4), torch.randn(5, 2, 4), torch.zeros(1, 2, 4))
     """
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff()
+        step = torch.arange(int(lengths.max()) if len(lengths) else 0, device=u.device).unsqueeze(1)
+        position = (cu_seqlens[:-1] + step).clamp(max=len(u) - 1)
+        h, c_n = sru_recurrence(
+            u[position],
+            None if x is None else x[position],
+            bias,
+            c_0,
+            weight_c=weight_c,
+            mask_c=mask_c,
+            lengths=lengths,
+            scale_x=scale_x,
+            nonlinearity=nonlinearity,
+            dropout_placement=dropout_placement,
+        )
+        return h.transpose(0, 1)[(step < lengths).t()], c_n
+
     length, batch, directions, parts, units = u.shape
     state_shape = (batch, directions, units)
     if nonlinearity is None:

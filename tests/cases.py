@@ -28,7 +28,7 @@ class Case(NamedTuple):
     c_0: bool = True
     mask_c: bool = False
     placement: str = "paper"
-    padding: str = "none"  # "lengths" or "mask"
+    padding: str = "none"  # "lengths", "mask" or "packed": sequences end to end, of which L is the longest
     scale_x: float = 1.0
     dtype: torch.dtype = torch.float64
 
@@ -49,9 +49,12 @@ class Case(NamedTuple):
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
 
+        # The first sequence is as long as any, the second empty.
+        sizes = [L, 0, *torch.randint(0, L + 1, (B,), generator=generator).tolist()][:B]
+        leading = (sum(sizes),) if self.padding == "packed" else (L, B)
         inputs: dict[str, Any] = {
-            "u": normal(L, B, D, 4 if self.highway == "projected" else 3, H),
-            "x": normal(L, B, D * H) if self.highway == "input" else None,
+            "u": normal(*leading, D, 4 if self.highway == "projected" else 3, H),
+            "x": normal(*leading, D * H) if self.highway == "input" else None,
             "bias": normal(D, 2, H),
             "c_0": normal(B, D * H) if self.c_0 else None,
             "weight_c": normal(D, 2, H) if self.version == 2 else None,
@@ -62,14 +65,13 @@ class Case(NamedTuple):
         inputs |= {"nonlinearity": self.nonlinearity, "dropout_placement": self.placement, "scale_x": self.scale_x}
         if self.mask_c:
             inputs["mask_c"] = (torch.rand(B, D * H, generator=generator) < 0.7).to(self.dtype) / 0.7
-        if self.padding == "lengths":
-            # Every batch has a full row and an empty one, where it has two rows.
-            lengths = torch.randint(0, L + 1, (B,), generator=generator)
-            lengths[0], lengths[-1:] = L, 0 if B > 1 else L
-            inputs["lengths"] = lengths
+        if self.padding == "packed":
+            inputs["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0)
+        elif self.padding == "lengths":
+            inputs["lengths"] = torch.tensor(sizes, dtype=torch.int64)
         elif self.padding == "mask":
             inputs["mask_pad"] = torch.rand(L, B, generator=generator) < 0.4
-        return inputs, {"grad_h": normal(L, B, D * H), "grad_c_n": normal(B, D * H)}
+        return inputs, {"grad_h": normal(*leading, D * H), "grad_c_n": normal(B, D * H)}
 
 
 def run_and_grads(function: Callable[..., Any], inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[str, Tensor]:
