@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import check_padding, sru_recurrence
 from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
+
+
+class _Padding(NamedTuple):
+    """How the sequences of a batch lie in memory: at most one of the three, as in `sru_recurrence`."""
+
+    lengths: Tensor | None = None
+    mask_pad: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def zero(self, x: Tensor) -> Tensor:
+        """x, (L, B, features), with zeros at padding."""
+        mask_pad = self.mask_pad
+        if self.lengths is not None:
+            mask_pad = torch.arange(len(x), device=x.device).unsqueeze(1) >= self.lengths.to(x.device)
+        return x if mask_pad is None else x.masked_fill(mask_pad.unsqueeze(2), 0)
+
+    def row_of_step(self, total_steps: int) -> Tensor:
+        """The batch row of each step, with cu_seqlens."""
+        assert self.cu_seqlens is not None
+        steps = torch.arange(total_steps, device=self.cu_seqlens.device)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), steps, right=True)
 
 
 class _SRUBase(nn.Module):
@@ -134,19 +155,17 @@ class _SRUBase(nn.Module):
                 if self.layer_norm:
                     getattr(self, f"layer_norm_l{i}").reset_parameters()
 
-    def _layer(
-        self, i: int, x: Tensor, c_0: Tensor | None, lengths: Tensor | None, mask_pad: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Layer i of x, (L, B, in): h, (L, B, D*H), and c_n, (B, D*H)."""
-        L, B, _ = x.shape
+    def _layer(self, i: int, x: Tensor, B: int, c_0: Tensor | None, padding: _Padding) -> tuple[Tensor, Tensor]:
+        """Layer i of x, (L, B, in) or (total_steps, in): h, as x with D*H features, and c_n, (B, D*H)."""
         D, K, H = self.num_directions, self._parts(i), self.hidden_size
         v = getattr(self, f"layer_norm_l{i}")(x) if self.layer_norm == "pre" else x
         if self.training and self.rnn_dropout > 0:
-            v = v * F.dropout(v.new_ones(B, v.shape[2]), self.rnn_dropout)
+            mask_x = F.dropout(v.new_ones(B, v.shape[-1]), self.rnn_dropout)
+            v = v * (mask_x if padding.cu_seqlens is None else mask_x[padding.row_of_step(len(x))])
         if self._product_size(i) < self._in_size(i):
             v = F.linear(v, getattr(self, f"weight_proj_l{i}"))
         # Under autocast the product is of 16 bits; the recurrence is of x's.
-        u = F.linear(v, getattr(self, f"weight_l{i}")).to(x.dtype).view(L, B, D, K, H)
+        u = F.linear(v, getattr(self, f"weight_l{i}")).to(x.dtype).view(*x.shape[:-1], D, K, H)
         mask_c = None
         if self.training and self.dropout > 0 and i < self.num_layers - 1:
             mask_c = F.dropout(x.new_ones(B, D * H), self.dropout)
@@ -157,21 +176,23 @@ class _SRUBase(nn.Module):
             c_0,
             weight_c=getattr(self, f"weight_c_l{i}") if self.version == 2 else None,
             mask_c=mask_c,
-            lengths=lengths,
-            mask_pad=mask_pad,
+            lengths=padding.lengths,
+            mask_pad=padding.mask_pad,
+            cu_seqlens=padding.cu_seqlens,
             scale_x=self._scale_x,
             nonlinearity=self.nonlinearity,
             dropout_placement=self.dropout_placement,
         )
         if self.layer_norm == "post":
-            h = _zero_padding(getattr(self, f"layer_norm_l{i}")(h), lengths, mask_pad)
+            h = padding.zero(getattr(self, f"layer_norm_l{i}")(h))
         return h, c_n
 
     def _check_input(self, input: Tensor, dims: tuple[int, int]) -> None:
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         if input.dim() not in dims:
-            raise ValueError(f"input must have {dims[0]} or {dims[1]} dimensions, got shape {tuple(input.shape)}")
+            expected = " or ".join(map(str, dict.fromkeys(dims)))
+            raise ValueError(f"input must have {expected} dimensions, got shape {tuple(input.shape)}")
         if input.shape[-1] != self.input_size:
             raise ValueError(
                 f"input must have input_size = {self.input_size} features in its last dimension, "
@@ -237,12 +258,17 @@ class SRU(_SRUBase):
             `projection_size` rows and one of as many columns. 0: none.
         device, dtype: Of the parameters; float32 or float64.
 
-    Inputs: `input, c_0=None, *, lengths=None, mask_pad=None`
+    Inputs: `input, c_0=None, *, lengths=None, mask_pad=None, cu_seqlens=None`
         - **input**: `(L, B, input_size)`; `(B, L, input_size)` with `batch_first`; `(L, input_size)` without a batch;
-          or a `PackedSequence`.
+          `(total_steps, input_size)` with `cu_seqlens`; or a `PackedSequence`.
         - **c_0**: initial states, `(num_layers*D, B, H)`, `(num_layers*D, H)` without a batch. Default: zeros.
         - **lengths**: number of valid steps of each batch row, `(B,)`, integers on the CPU or the input's device.
         - **mask_pad**: True at padding, anywhere, of the shape of the input without its features.
+        - **cu_seqlens**: for sequences that lie end to end, without padding: where each begins and, last, where all
+          end, `(B + 1,)`, integers on the CPU or the input's device.
+
+        Of a PackedSequence, and where `lengths` or `mask_pad` are on the CPU, only the valid steps are computed. On a
+        GPU nothing is copied back to look at them, and the recurrence skips the padding behind `lengths`.
 
     Outputs: `output, c_n`
         - **output**: as the input, with `D*H` features; exactly 0 at padding.
@@ -300,61 +326,94 @@ class SRU(_SRUBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         mask_pad: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(input, PackedSequence):
+            if lengths is not None or mask_pad is not None or cu_seqlens is not None:
+                raise ValueError("a PackedSequence brings its own lengths: leave out lengths, mask_pad and cu_seqlens")
+            return self._forward_packed_sequence(input, c_0)
+        if cu_seqlens is not None:
+            self._check_input(input, (2, 2))
             if lengths is not None or mask_pad is not None:
-                raise ValueError("a PackedSequence brings its own lengths: expected lengths=None and mask_pad=None")
-            return self._forward_packed(input, c_0)
+                raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
+            return self._forward_layers(input, len(cu_seqlens) - 1, c_0, _Padding(cu_seqlens=cu_seqlens))
         self._check_input(input, (2, 3))
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            x = x.transpose(0, 1)
+        if input.dim() == 2:
+            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+            mask_pad = None if mask_pad is None else mask_pad.unsqueeze(1)
+            c_0 = self._check_state(c_0, None)
+            output, c_n = self._forward_padded(input.unsqueeze(1), c_0, lengths, mask_pad)
+            return output.squeeze(1), c_n.squeeze(1)
+        if self.batch_first:
             mask_pad = None if mask_pad is None else mask_pad.t()
-        elif not batched and mask_pad is not None:
-            mask_pad = mask_pad.unsqueeze(1)
+            output, c_n = self._forward_padded(input.transpose(0, 1), c_0, lengths, mask_pad)
+            return output.transpose(0, 1), c_n
+        return self._forward_padded(input, c_0, lengths, mask_pad)
+
+    def _forward_padded(
+        self, x: Tensor, c_0: Tensor | None, lengths: Tensor | Sequence[int] | None, mask_pad: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x is (L, B, in), mask_pad (L, B)."""
+        L, B, _ = x.shape
         if lengths is not None:
             lengths = torch.as_tensor(lengths)
-            lengths = lengths if batched else lengths.reshape(1)
-        states = self._split_states(c_0, x.shape[1], batched)
-        x, c_n = self._forward_layers(x, states, lengths, mask_pad)
-        if not batched:
-            return x.squeeze(1), c_n.squeeze(1)
-        return x.transpose(0, 1) if self.batch_first else x, c_n
+        check_padding(lengths, mask_pad, L, B, x.device)
+        on_host = next((a for a in (lengths, mask_pad) if a is not None and a.device.type == "cpu"), None)
+        if on_host is None:
+            # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
+            padding = _Padding(lengths, mask_pad)
+            return self._forward_layers(padding.zero(x), B, c_0, padding)
+        # What is padding is known here, so that only valid steps need to be computed: one row after the other.
+        valid = ~on_host if lengths is None else torch.arange(L).unsqueeze(1) < lengths
+        if valid.all():
+            return self._forward_layers(x, B, c_0, _Padding())
+        at = (torch.arange(L * B).view(L, B).t()[valid.t()]).to(x.device, non_blocking=True)
+        cu_seqlens = F.pad(valid.sum(0).cumsum(0), (1, 0))
+        h, c_n = self._forward_layers(x.reshape(L * B, -1).index_select(0, at), B, c_0, _Padding(cu_seqlens=cu_seqlens))
+        return h.new_zeros(L * B, h.shape[1]).index_copy(0, at, h).view(L, B, -1), c_n
 
-    def _forward_packed(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
-        x, lengths = pad_packed_sequence(input)
-        self._check_input(x, (3, 3))
-        x, c_n = self._forward_layers(x, self._split_states(c_0, x.shape[1], True), lengths, None)
-        if input.sorted_indices is not None:
-            x, lengths = x.index_select(1, input.sorted_indices), lengths[input.sorted_indices.cpu()]
-        # Step t of a PackedSequence holds the rows that are longer than t, longest first.
-        valid = torch.arange(x.shape[0]).unsqueeze(1) < lengths
-        data = x[valid.to(x.device)]
-        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c_n
+    def _forward_packed_sequence(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        """A PackedSequence holds all first steps, then all second steps and so on, longest row first."""
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self._check_input(data, (2, 2))
+        B = int(batch_sizes[0])
+        valid = torch.arange(B) < batch_sizes.unsqueeze(1)
+        by_row = torch.empty(valid.shape, dtype=torch.int64)
+        by_row[valid] = torch.arange(len(data))
+        at = by_row.t()[valid.t()].to(data.device, non_blocking=True)
+        cu_seqlens = F.pad(valid.sum(0).cumsum(0), (1, 0))
+        c_0 = self._check_state(c_0, B)
+        if c_0 is not None and sorted_indices is not None:
+            c_0 = c_0.index_select(1, sorted_indices)
+        h, c_n = self._forward_layers(data.index_select(0, at), B, c_0, _Padding(cu_seqlens=cu_seqlens))
+        if unsorted_indices is not None:
+            c_n = c_n.index_select(1, unsorted_indices)
+        h = torch.empty_like(h).index_copy(0, at, h)
+        return PackedSequence(h, batch_sizes, sorted_indices, unsorted_indices), c_n
 
-    def _split_states(self, c_0: Tensor | None, B: int, batched: bool) -> Sequence[Tensor | None]:
-        """c_0 as one (B, D*H) for each layer."""
+    def _check_state(self, c_0: Tensor | None, B: int | None) -> Tensor | None:
+        """c_0 with a batch dimension. B = None: it comes without one."""
         if c_0 is None:
-            return [None] * self.num_layers
+            return None
         if not isinstance(c_0, Tensor):
             raise TypeError(f"c_0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c_0).__name__}")
-        n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        expected = (n * D, B, H) if batched else (n * D, H)
+        n, H = self.num_layers * self.num_directions, self.hidden_size
+        expected = (n, H) if B is None else (n, B, H)
         if c_0.shape != expected:
             raise ValueError(f"c_0 must have shape {expected}, got {tuple(c_0.shape)}")
-        return c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).unbind()
+        return c_0.unsqueeze(1) if B is None else c_0
 
-    def _forward_layers(
-        self, x: Tensor, states: Sequence[Tensor | None], lengths: Tensor | None, mask_pad: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        check_padding(lengths, mask_pad, x.shape[0], x.shape[1], x.device)
-        # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
-        x = _zero_padding(x, lengths, mask_pad)
+    def _forward_layers(self, x: Tensor, B: int, c_0: Tensor | None, padding: _Padding) -> tuple[Tensor, Tensor]:
+        """All layers of x, (L, B, in) or (total_steps, in)."""
+        c_0 = self._check_state(c_0, B)
+        n, D, H = self.num_layers, self.num_directions, self.hidden_size
+        states: Sequence[Tensor | None] = [None] * n
+        if c_0 is not None:
+            states = c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).unbind()
         final = []
-        for i in range(self.num_layers):
-            x, c = self._layer(i, x, states[i], lengths, mask_pad)
-            final.append(c.view(x.shape[1], self.num_directions, self.hidden_size).transpose(0, 1))
+        for i in range(n):
+            x, c = self._layer(i, x, B, states[i], padding)
+            final.append(c.view(B, D, H).transpose(0, 1))
         return x, torch.cat(final)
 
 
@@ -412,11 +471,5 @@ class SRUCell(_SRUBase):
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
             c = c if batched else c.unsqueeze(0)
-        h, c_n = self._layer(0, x.unsqueeze(0), c, None, None)
+        h, c_n = self._layer(0, x.unsqueeze(0), len(x), c, _Padding())
         return (h[0], c_n) if batched else (h[0, 0], c_n[0])
-
-
-def _zero_padding(x: Tensor, lengths: Tensor | None, mask_pad: Tensor | None) -> Tensor:
-    if lengths is not None:
-        mask_pad = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths.to(x.device)
-    return x if mask_pad is None else x.masked_fill(mask_pad.unsqueeze(2), 0)
