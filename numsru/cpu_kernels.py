@@ -35,7 +35,8 @@ from .recurrence import (
 )
 
 # Alias scopes of what the kernels write, see cpu_intrinsics: each is a separate piece of memory.
-C, H_OUT, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET, GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R, C_N = range(1, 13)
+C, C_N, H_OUT, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET = range(1, 7)
+GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R = range(7, 13)
 
 # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
 _compile = cfunc(types.void(types.int64), error_model="numpy", fastmath={"contract"})
@@ -195,7 +196,8 @@ def _backward_kernel(options: Options, real: Any) -> Any:
                         continue
                     c_prev = c + ((_slot(valid, padding, s, b, B, True) * D + d) * H + first_unit) * size
                     c_next = c + ((_slot(valid, padding, s + 1, b, B, True) * D + d) * H + first_unit) * size
-                    grad_c_row, mask_row = grad_c + (row * H + first_unit) * size, mask_c + (row * H + first_unit) * size
+                    state = (row * H + first_unit) * size
+                    grad_c_row, mask_row = grad_c + state, mask_c + state
                     gate_row = (d * 2 * H + first_unit) * size
                     sum_row = (row * 2 * H + first_unit) * size
                     for j in range(units):

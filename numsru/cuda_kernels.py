@@ -146,6 +146,7 @@ def forward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., Non
     """One launch writes h, c_n and, with `save_c`, the state at the start of every tile."""
     version, nonlinearity, placement, skip_kind, padding, has_c_0, has_mask_c, save_c = options
     width, chunks, chunk = tile
+    uneven = padding in (LENGTHS, PACKED)  # rows have different numbers of steps
     tile_length, exchanged = chunks * chunk, 2 * chunks * width
 
     def forward(u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B, D, H, h, c_n, saved):
@@ -176,7 +177,7 @@ def forward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., Non
         buffer = int64(0)
 
         longest = L
-        if padding == LENGTHS or padding == PACKED:
+        if uneven:
             longest = _longest_row(valid, padding, first_col, min(first_col + width, columns) - 1, L, B, D, H)
         for start in range(int64(0), longest, int64(tile_length)):
             if save_c and inside and ty == 0 and start < steps:
@@ -214,7 +215,7 @@ def forward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., Non
                 carry = c
         if inside and ty == 0:
             c_n[col] = carry
-        if inside and (padding == LENGTHS or padding == PACKED):
+        if inside and uneven:
             for i in range(ty, _count_rest(padding, begin, steps, L, b, B), int64(chunks)):
                 h[((begin + (steps + i) * stride) * D + d) * H + unit] = zero
 
@@ -226,6 +227,7 @@ def backward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., No
     """One launch writes grad_u, grad_x, grad_c_0 and each row's sums over time for the gradients of the parameters."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
     width, chunks, chunk = tile
+    uneven = padding in (LENGTHS, PACKED)  # rows have different numbers of steps
     tile_length, threads, exchanged = chunks * chunk, chunks * width, 2 * chunks * width
     parts = options.parts
 
@@ -264,7 +266,7 @@ def backward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., No
         buffer = int64(0)
 
         longest = L
-        if padding == LENGTHS or padding == PACKED:
+        if uneven:
             longest = _longest_row(valid, padding, first_col, min(first_col + width, columns) - 1, L, B, D, H)
         for tile_index in range((longest - 1) // tile_length, int64(-1), int64(-1)):
             first = tile_index * tile_length + ty * chunk
@@ -343,7 +345,7 @@ def backward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., No
             if chunks == 1:
                 grad_carry = grad_c
 
-        if inside and (padding == LENGTHS or padding == PACKED):
+        if inside and uneven:
             for i in range(ty, _count_rest(padding, begin, steps, L, b, B), int64(chunks)):
                 position = begin + (steps + i) * stride
                 for k in range(parts):

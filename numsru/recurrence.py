@@ -26,7 +26,7 @@ PAPER, HIGHWAY = range(2)
 DROPOUT_PLACEMENTS = {"paper": PAPER, "highway": HIGHWAY}
 
 NO_SKIP, SKIP_INPUT, SKIP_PROJECTED = range(3)  # no highway; the layer's input x (K = 3); the fourth sub-matrix (K = 4)
-# Every step is valid; `lengths`, (B,); `mask_pad`, (L, B); no padding at all: sequences end to end, `cu_seqlens`, (B + 1,)
+# Every step is valid; `lengths`, (B,); `mask_pad`, (L, B); sequences end to end, `cu_seqlens`, (B + 1,).
 NO_PADDING, LENGTHS, MASK, PACKED = range(4)
 
 SELU_SCALE = 1.0507009873554804934193349852946

@@ -21,7 +21,9 @@ GRADCHECK = [
         ("identity", "lengths", True, 1, "paper"),
         ("relu", "mask", True, 1, "highway"),
         ("selu", "lengths", False, 1, "paper"),
+        ("selu", "packed", True, 1, "highway"),
         ("tanh", "mask", True, 2, "paper"),
+        ("tanh", "packed", False, 2, "paper"),
         ("identity", "lengths", True, 2, "highway"),
     )
 ]  # fmt: skip
@@ -173,7 +175,8 @@ def test_other_devices_go_to_the_reference():
     assert (h.shape, c_n.shape) == ((5, 2, 4), (2, 4))
 
 
-F32, F64 = torch.float32, torch.float64
+F64 = torch.float64
+FLAT = {"u": torch.zeros(7, 1, 3, 5), "x": torch.zeros(7, 5)}
 ERRORS = {
     "u of 4 dimensions": ({"u": torch.zeros(7, 3, 3, 5)}, ValueError, r"\(L, B, D, K, H\).*\(7, 3, 3, 5\)"),
     "5 sub-matrices": ({"u": torch.zeros(7, 3, 1, 5, 5)}, ValueError, "K = 3 or 4"),
@@ -198,6 +201,15 @@ ERRORS = {
     "both paddings": (
         {"lengths": torch.tensor([1, 2, 3]), "mask_pad": torch.zeros(7, 3, dtype=torch.bool)},
         ValueError, "at most one of lengths and mask_pad, got both",
+    ),
+    "cu_seqlens of 2 dimensions": (FLAT | {"cu_seqlens": torch.tensor([[0, 7]])}, ValueError, r"shape \(B \+ 1,\)"),
+    "cu_seqlens too short": (FLAT | {"cu_seqlens": torch.tensor([0, 3])}, ValueError, "from 0 to total_steps = 7"),
+    "cu_seqlens not from 0": (FLAT | {"cu_seqlens": torch.tensor([1, 7])}, ValueError, "must rise from 0"),
+    "cu_seqlens falling": (FLAT | {"cu_seqlens": torch.tensor([0, 5, 3, 7])}, ValueError, "must rise from 0"),
+    "fractional cu_seqlens": (FLAT | {"cu_seqlens": torch.tensor([0.0, 7])}, TypeError, "must be integers"),
+    "cu_seqlens with a batch": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, r"\(total_steps, D, K, H\)"),
+    "cu_seqlens with lengths": (
+        FLAT | {"cu_seqlens": torch.tensor([0, 7]), "lengths": torch.tensor([7])}, ValueError, "leaves no padding",
     ),
     "nonlinearity": ({"nonlinearity": "gelu"}, ValueError, "'identity', 'tanh', 'relu', 'selu', got 'gelu'"),
     "placement": ({"dropout_placement": "state"}, ValueError, "'paper', 'highway', got 'state'"),

@@ -181,6 +181,46 @@ def test_nan_in_padding_reaches_neither_outputs_nor_gradients(name):
         assert a.isfinite().all()
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_sequences_end_to_end_match_padded_ones(name):
+    rnn, sizes = make(name), [4, 0, 7]
+    x = torch.randn(7, 3, 6, dtype=F64)
+    D = 2 if rnn.bidirectional else 1
+    c_0 = torch.randn(rnn.num_layers * D, 3, rnn.hidden_size, dtype=F64)
+    together = torch.cat([x[:n, b] for b, n in enumerate(sizes)])
+    output, c_n = rnn(together, c_0, cu_seqlens=torch.tensor([0, 4, 4, 11]))
+    expected, c_expected = by_hand(rnn, x, c_0, torch.arange(7)[:, None] >= torch.tensor(sizes))
+    torch.testing.assert_close(output, torch.cat([expected[:n, b] for b, n in enumerate(sizes)]))
+    torch.testing.assert_close(c_n, c_expected)
+
+
+@pytest.mark.parametrize("given", ["lengths", "mask_pad", "packed"])
+def test_only_valid_steps_are_computed_where_padding_is_known_on_the_host(monkeypatch, given):
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda v, w: rows.append(v.shape[:-1].numel()) or linear(v, w))
+    x, lengths = torch.randn(7, 3, 6, dtype=F64), torch.tensor([7, 1, 2])
+    mask_pad = torch.arange(7)[:, None] >= lengths
+    if given == "packed":
+        make("layers")(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    else:
+        make("layers")(x, **{given: {"lengths": lengths, "mask_pad": mask_pad}[given]})
+    assert rows == [10, 10, 10]
+
+
+def test_input_dropout_of_sequences_end_to_end_is_shared_over_time():
+    rnn = make("identity", rnn_dropout=0.5, highway=False)
+    with torch.no_grad():
+        rnn.weight_l0.copy_(torch.randn_like(rnn.weight_l0))
+    step = torch.randn(2, 1, 6, dtype=F64)
+    x = step.expand(2, 5, 6)[[0, 1]].reshape(10, 6)
+    torch.manual_seed(5)
+    together, _ = rnn(x, cu_seqlens=torch.tensor([0, 5, 10]))
+    torch.manual_seed(5)
+    padded, _ = rnn(step.expand(2, 5, 6).transpose(0, 1))
+    torch.testing.assert_close(together.view(2, 5, -1).transpose(0, 1), padded)
+
+
 def test_rows_of_a_batch_do_not_see_each_other():
     rnn, x = make("bidirectional"), torch.randn(7, 3, 6, dtype=F64)
     output, c_n = rnn(x)
@@ -395,6 +435,13 @@ FORWARD_ERRORS = {
     "mask_pad": ((X,), {"mask_pad": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, r"mask_pad .* \(7, 3\)"),
     "both": ((X,), {"lengths": [1, 1, 1], "mask_pad": torch.zeros(7, 3, dtype=torch.bool)}, ValueError, "at most one"),
     "packed lengths": ((pack_padded_sequence(X, [7, 7, 7]),), {"lengths": [7, 7, 7]}, ValueError, "brings its own"),
+    "cu_seqlens of a batch": ((X,), {"cu_seqlens": torch.tensor([0, 7])}, ValueError, "input must have 2 dimensions"),
+    "cu_seqlens with lengths": (
+        (X[0],),
+        {"cu_seqlens": torch.tensor([0, 3]), "lengths": [3]},
+        ValueError,
+        "no padding",
+    ),
     "packed features": ((pack_padded_sequence(X[..., 1:], [7, 7, 7]),), {}, ValueError, "input_size = 6"),
 }
 
