@@ -111,8 +111,8 @@ def sru_recurrence(
         u: Projected input, shape `(L, B, D, K, H)`: steps, batch, directions (1 or 2), sub-matrices (candidate,
             forget, reset and, with K = 4, skip), units. Direction 1 runs from the last step to the first. With
             `cu_seqlens`, `(total_steps, D, K, H)`.
-        x: Highway input, shape `(L, B, D*H)`, or `(total_steps, D*H)`, with K = 3. None with K = 4, where `u[..., 3, :]`
-            replaces it, or for a layer without a highway.
+        x: Highway input with K = 3, shape `(L, B, D*H)`, or `(total_steps, D*H)`. None with K = 4, where
+            `u[..., 3, :]` replaces it, or for a layer without a highway.
         bias: Forget and reset bias, shape `(D, 2, H)`. None for zeros.
         c_0: Initial state, shape `(B, D*H)`. Default: zeros.
         weight_c: Recurrent weights :math:`v_f, v_r`, shape `(D, 2, H)`. Given: version 2. Default: version 1.
