@@ -40,11 +40,9 @@ def _kernels(device_type: str) -> ModuleType | None:
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
-        mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int, options: Options,
+        ctx: Any, kernels: ModuleType, options: Options, scale_x: float, L: int, B: int, u: Tensor, x: Tensor | None,
+        bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        kernels = _kernels(u.device.type)
-        assert kernels is not None
         h, c_n, c = kernels.forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B)
         ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c)
         ctx.constants = kernels, options, scale_x, L, B
@@ -55,7 +53,8 @@ class _Recurrence(torch.autograd.Function):
         # Grad mode is on in a backward pass that is itself to be differentiated.
         compute: Any = _Gradients.apply if torch.is_grad_enabled() else _gradients
         grads = compute(*ctx.constants, *ctx.saved_tensors, grad_h, grad_c_n)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
+        needed = ctx.needs_input_grad[5:10]
+        return *[None] * 5, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
 
 
 def _gradients(
@@ -183,10 +182,12 @@ def sru_recurrence(
     _check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
     _check_choice("dropout_placement", dropout_placement, DROPOUT_PLACEMENTS)
 
-    if _kernels(u.device.type) is None:
+    kernels = _kernels(u.device.type)
+    if kernels is None:
         return reference.sru_recurrence(
-            u, x, bias, c_0, weight_c=weight_c, mask_c=mask_c, lengths=lengths, mask_pad=mask_pad,
-            cu_seqlens=cu_seqlens, scale_x=scale_x, nonlinearity=nonlinearity, dropout_placement=dropout_placement,
+            u, x, bias, c_0, weight_c=weight_c, mask_c=mask_c, lengths=None if lengths is None else valid,
+            mask_pad=mask_pad, cu_seqlens=None if cu_seqlens is None else valid, scale_x=scale_x,
+            nonlinearity=nonlinearity, dropout_placement=dropout_placement,
         )  # fmt: skip
     padding = NO_PADDING
     for kind, given in ((LENGTHS, lengths), (MASK, mask_pad), (PACKED, cu_seqlens)):
@@ -203,8 +204,12 @@ def sru_recurrence(
     )
     if bias is None:
         bias = u.new_zeros(D, 2, H)
-    tensors = (None if a is None else a.contiguous() for a in (u, x, bias, weight_c, c_0, mask_c, valid))
-    return _Recurrence.apply(*tensors, float(scale_x), L, B, options)  # type: ignore[no-any-return, no-untyped-call]
+    tensors = [None if a is None else a.contiguous() for a in (u, x, bias, weight_c, c_0, mask_c, valid)]
+    if not options.save_c:  # nothing to differentiate: spare the graph's cost, which a single step would feel
+        h, c_n, _ = kernels.forward(options, *tensors, float(scale_x), L, B)
+        return h, c_n
+    h, c_n = _Recurrence.apply(kernels, options, float(scale_x), L, B, *tensors)  # type: ignore[no-untyped-call]
+    return h, c_n
 
 
 def _check(name: str, a: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

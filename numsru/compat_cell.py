@@ -1,0 +1,343 @@
+"""One layer of the authors' package `sru` 2.6.0 on numsru's recurrence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autograd import sru_recurrence
+from .compat_convert import gate_major
+from .reference import NONLINEARITIES
+
+
+class SRUCell(nn.Module):
+    r"""One layer of an SRU over a sequence; one step of it for 2-D input. `sru.SRUCell` of 2.6.0.
+
+    Args:
+        input_size: Features of the input.
+        hidden_size: Units of each direction, H.
+        dropout: Probability of dropping g(c), one mask for all steps; a dropped unit passes the highway input through.
+        rnn_dropout: Probability of dropping a feature of the matrix product's input, one mask for all steps.
+        bidirectional: Two directions, D = 2.
+        n_proj: Where smaller than input and output, the matrix is a product of two, of this inner size. 0: none.
+        use_tanh: g = tanh. Default: identity.
+        highway_bias: Initial bias of the reset gate.
+        has_skip_term: Whether there is a highway.
+        layer_norm: Normalise the input of the matrix product, or with `normalize_after` the output.
+        rescale: Multiply the highway input by :math:`\sqrt{1 + 2 e^{b}}`, b = `highway_bias`.
+        v1: The gates do not see the state: `weight_c` is 0 and not trained.
+        custom_m: Computes U in place of the matrix product: `(L, B, D*H*K)`, viewed `(L, B, D, H, K)` with candidate,
+            forget gate, reset gate and, where the sizes of input and output differ, highway (K = 4, else 3). Or U and
+            V, `(L, B, D*H*2)`: the weights of the gates on the state at each step, in addition to `weight_c`, which is
+            then read as `(D, H, 2)`. Such a recurrence is a loop of torch operations: no kernel takes V.
+        amp_recurrence_fp16: Without effect; the recurrence is computed in float32 or float64.
+        normalize_after: See `layer_norm`.
+        weight_c_init: Bound of the uniform initial `weight_c`. Default: :math:`\sqrt{3/2}`.
+        projection_size, transform_module: The names of `n_proj` and `custom_m` in 3.0-dev.
+        use_relu, use_selu: g, up to 2.1.7.
+        is_input_normalized: Up to 2.1.7: initial weights are a tenth, as with `layer_norm`.
+        weight_norm: Refused if True.
+
+    Inputs: `input, c0=None, mask_pad=None`
+        - **input**: `(L, B, input_size)`, or `(B, input_size)` for one step.
+        - **c0**: initial state, `(B, D*H)`. Default: zeros.
+        - **mask_pad**: not 0 at padding, `(L, B)`, `(B,)` for one step, any dtype. Padding passes the state on, gives
+          0 and gets no gradient.
+
+    Outputs: `h, c`
+        - **h**: `(L, B, D*H)` or `(B, D*H)`.
+        - **c**: final state, `(B, D*H)`.
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types.
+
+    Source: arXiv:1709.02755v5; dropout as in `sru` 2.3.3 and later.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        dropout: float = 0.0,
+        rnn_dropout: float = 0.0,
+        bidirectional: bool = False,
+        n_proj: int = 0,
+        use_tanh: bool = False,
+        highway_bias: float = 0.0,
+        has_skip_term: bool = True,
+        layer_norm: bool = False,
+        rescale: bool = True,
+        v1: bool = False,
+        custom_m: nn.Module | None = None,
+        amp_recurrence_fp16: bool = False,
+        normalize_after: bool = False,
+        weight_c_init: float | None = None,
+        *,
+        projection_size: int = 0,
+        transform_module: nn.Module | None = None,
+        use_relu: bool = False,
+        use_selu: bool = False,
+        is_input_normalized: bool = False,
+        weight_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
+        for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
+            if not 0 <= p < 1:
+                raise ValueError(f"{name} must be a probability in [0, 1), got {p}")
+        if weight_norm:
+            raise ValueError("weight_norm=True is not supported; `sru` dropped it in 2.1.9. Use layer_norm=True")
+        chosen = [g for g, use in (("tanh", use_tanh), ("relu", use_relu), ("selu", use_selu)) if use]
+        if len(chosen) > 1:
+            raise ValueError(f"expected at most one of use_tanh, use_relu and use_selu, got {' and '.join(chosen)}")
+        if n_proj and projection_size:
+            raise ValueError("n_proj and projection_size are two names of one argument: expected one, got both")
+        custom = one_of(custom_m, transform_module)
+
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.num_directions = 2 if bidirectional else 1
+        self.output_size = self.num_directions * hidden_size
+        self.num_matrices = 4 if has_skip_term and input_size != self.output_size else 3
+        self.projection_size = n_proj or projection_size
+        self.dropout, self.rnn_dropout, self.bidirectional = float(dropout), float(rnn_dropout), bool(bidirectional)
+        self.nonlinearity, self.highway_bias = chosen[0] if chosen else "identity", float(highway_bias)
+        self.has_skip_term, self.rescale, self.v1 = bool(has_skip_term), bool(rescale), bool(v1)
+        self.normalize_after, self.weight_c_init = bool(normalize_after), weight_c_init
+        self.small_init = bool(layer_norm or is_input_normalized)
+        self.amp_recurrence_fp16 = amp_recurrence_fp16
+
+        if custom is None:
+            product_size = input_size
+            if 0 < self.projection_size < min(input_size, self.output_size):
+                product_size = self.projection_size
+                self.weight_proj = nn.Parameter(torch.empty(input_size, product_size))
+            self.weight = nn.Parameter(torch.empty(product_size, self.output_size * self.num_matrices))
+        self.weight_c = nn.Parameter(torch.empty(2 * self.output_size), requires_grad=not self.v1)
+        self.bias = nn.Parameter(torch.empty(2 * self.output_size))
+        self.scale_x: Tensor
+        self.register_buffer("scale_x", torch.ones(1))
+        self._custom_name = "custom_m" if transform_module is None else "transform_module"
+        if custom is not None:
+            self.add_module(self._custom_name, custom)
+        self.layer_norm = nn.LayerNorm(self.output_size if normalize_after else input_size) if layer_norm else None
+        self.reset_parameters()
+
+    @property
+    def _custom(self) -> nn.Module | None:
+        return self._modules.get(self._custom_name)
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters as `sru` 2.6.0 does. A `custom_m` is left as it is."""
+        scale = math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale and self.has_skip_term else 1.0
+        c_bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
+        with torch.no_grad():
+            self.scale_x.fill_(scale)
+            self._read_scale()
+            if self.v1:
+                c_bound = 0.0
+            self.weight_c.uniform_(-c_bound, c_bound)
+            self.bias.zero_()
+            self.set_bias(self.highway_bias)
+            if self.layer_norm is not None:
+                self.layer_norm.reset_parameters()
+            if self._custom is not None:
+                return
+            for name in ("weight_proj", "weight"):
+                if hasattr(self, name):
+                    bound = math.sqrt(3 / getattr(self, name).shape[0])
+                    getattr(self, name).uniform_(-bound, bound)
+            weight = self.weight.view(-1, self.output_size, self.num_matrices)
+            weight[:, :, 0] *= math.sqrt(1 - self.dropout)
+            weight *= math.sqrt(1 - self.rnn_dropout) * (0.1 if self.small_init else 1)
+            weight[:, :, 3:] *= scale
+            if not self.v1:
+                weight[:, :, 1:3] *= math.sqrt(0.5)
+
+    def set_bias(self, bias_val: float = 0.0) -> None:
+        """Set the bias of the reset gate, as in `sru` 1.x."""
+        with torch.no_grad():
+            self.bias[self.output_size :] = bias_val
+
+    def _read_scale(self) -> None:
+        """Keep scale_x as a number too: the recurrence takes one, and reading it from a GPU would stall every call."""
+        self._scale = 1.0 if self.scale_x.is_meta else self.scale_x.item()
+
+    def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._layer(input, c0, mask_pad, {})
+
+    def _layer(
+        self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, extra: dict[str, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`; `extra` goes to `_products`."""
+        check_input(input, self.input_size)
+        x = input if input.dim() == 3 else input.unsqueeze(0)
+        L, B, _ = x.shape
+        if c0 is not None and c0.shape != (B, self.output_size):
+            raise ValueError(f"c0 must have shape {(B, self.output_size)}, got {tuple(c0.shape)}")
+        padded = as_bool(mask_pad, L, B)
+        if self._custom is None:
+            # What the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
+            x = zero_padding(x, padded)
+        v = x
+        if self.layer_norm is not None and not self.normalize_after:
+            v = self.layer_norm(v)
+        if self.training and self.rnn_dropout > 0:
+            v = v * F.dropout(v.new_ones(B, self.input_size), self.rnn_dropout)
+        u, step_weights = self._products(v, padded, extra)
+        h, c = self._recurrence(u, x, c0, step_weights, padded)
+        if self.layer_norm is not None and self.normalize_after:
+            h = zero_padding(self.layer_norm(h), padded)
+        return h if input.dim() == 3 else h.squeeze(0), c
+
+    def _products(
+        self, v: Tensor, padded: Tensor | None, extra: dict[str, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """U as `(L, B, D, K, H)`, and V as `(L, B, D, H, 2)` where `custom_m` returns one."""
+        L, B, _ = v.shape
+        D, K, H = self.num_directions, self.num_matrices, self.hidden_size
+        if self._custom is None:
+            # The weight is put into the recurrence's order, not U, which is much larger.
+            v = v @ self.weight_proj if hasattr(self, "weight_proj") else v
+            return F.linear(v, gate_major(self.weight.t(), D, H)).view(L, B, D, K, H), None
+        return self._split_products(self._custom(v), v)
+
+    def _split_products(self, result: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, from what `custom_m` returned for v."""
+        L, B, _ = v.shape
+        D, K, H = self.num_directions, self.num_matrices, self.hidden_size
+        parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        for name, part, size in zip(("U", "V"), parts, (D * H * K, D * H * 2), strict=False):
+            if part.numel() != L * B * size:
+                raise ValueError(
+                    f"custom_m must return {name} of shape {(L, B, size)} for input of shape {tuple(v.shape)}, "
+                    f"got {tuple(part.shape)}"
+                )
+        if len(parts) > 2:
+            raise ValueError(f"custom_m must return U, or U and V, got {len(parts)} values")
+        u = parts[0].reshape(L, B, D, H, K).transpose(3, 4)
+        return u, parts[1].reshape(L, B, D, H, 2) + self.weight_c.view(D, H, 2) if len(parts) == 2 else None
+
+    def _recurrence(
+        self, u: Tensor, x: Tensor, c0: Tensor | None, step_weights: Tensor | None, padded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if self.bias.dtype == torch.float64 else torch.float32
+        D, H = self.num_directions, self.hidden_size
+        bias, weight_c = (a.to(dtype).view(2, D, H).transpose(0, 1) for a in (self.bias, self.weight_c))
+        mask_c = None
+        if self.training and self.dropout > 0:
+            mask_c = F.dropout(x.new_ones(x.shape[1], D * H, dtype=dtype), self.dropout)
+        tensors = (
+            u.to(dtype),
+            x.to(dtype) if self.has_skip_term and self.num_matrices == 3 else None,
+            bias,
+            None if c0 is None else c0.to(dtype),
+        )
+        options: dict[str, Any] = {
+            "mask_c": mask_c,
+            "mask_pad": padded,
+            "scale_x": self._scale if self.rescale else 1.0,
+            "nonlinearity": self.nonlinearity,
+        }
+        if step_weights is None:
+            options |= {"weight_c": None if self.v1 else weight_c, "dropout_placement": "highway"}
+            h, c = sru_recurrence(*tensors, **options)
+        else:
+            h, c = _recurrence_with_step_weights(*tensors, step_weights.to(dtype), **options)
+        return h.to(self.bias.dtype), c.to(self.bias.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accepts the layouts of 1.x and 3.0-dev besides that of 2.x."""
+        if self._custom is None:
+            for theirs, ours in (("1.weight", "weight"), ("0.weight", "weight_proj"), ("weight", "weight")):
+                value = state_dict.pop(f"{prefix}transform_module.{theirs}", None)
+                if value is not None:
+                    state_dict[prefix + ours] = value.t()
+        else:
+            other = {"custom_m": "transform_module", "transform_module": "custom_m"}[self._custom_name]
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{other}.")]:
+                state_dict[f"{prefix}{self._custom_name}{key[len(prefix) + len(other) :]}"] = state_dict.pop(key)
+        if prefix + "bias" in state_dict and not {prefix + "weight_c", prefix + "scale_x"} & state_dict.keys():
+            state_dict[prefix + "weight_c"] = torch.zeros_like(self.weight_c)
+            state_dict[prefix + "scale_x"] = torch.ones_like(self.scale_x)
+        if self.v1 and prefix + "weight_c" in state_dict and state_dict[prefix + "weight_c"].any():
+            args[-1].append(f"{prefix}weight_c is not 0, as it must be with v1=True: this file needs v1=False.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._read_scale()
+
+    def extra_repr(self) -> str:
+        return repr_of(
+            self, "input_size", "hidden_size", dropout=0.0, rnn_dropout=0.0, bidirectional=False, projection_size=0,
+            nonlinearity="identity", highway_bias=0.0, has_skip_term=True, rescale=True, v1=False,
+            normalize_after=False,
+        )  # fmt: skip
+
+
+def _recurrence_with_step_weights(
+    u: Tensor, x: Tensor | None, bias: Tensor, c0: Tensor | None, weights: Tensor, *, mask_c: Tensor | None,
+    mask_pad: Tensor | None, scale_x: float, nonlinearity: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sru_recurrence` with placement "highway" and weights on the state of every step, `(L, B, D, H, 2)`."""
+    L, B, D, K, H = u.shape
+    padded = torch.zeros(L, B, 1, dtype=torch.bool, device=u.device) if mask_pad is None else mask_pad.unsqueeze(2)
+    # Zeros go in first: a NaN that is dropped from h afterwards would still be in the gradients.
+    u, weights = (a.masked_fill(padded[:, :, :, None, None], 0) for a in (u, weights))
+    if K == 4:
+        skip = u[:, :, :, 3]
+    else:
+        skip = torch.zeros_like(u[:, :, :, 0]) if x is None else scale_x * zero_padding(x, mask_pad).view(L, B, D, H)
+    m = u.new_ones(B, D, H) if mask_c is None else mask_c.view(B, D, H)
+    start = u.new_zeros(B, D, H) if c0 is None else c0.view(B, D, H)
+    outputs, final = [], []
+    for d in range(D):
+        c, steps = start[:, d], []
+        for t in range(L) if d == 0 else reversed(range(L)):
+            f = torch.sigmoid(u[t, :, d, 1] + bias[d, 0] + weights[t, :, d, :, 0] * c)
+            r = torch.sigmoid(u[t, :, d, 2] + bias[d, 1] + weights[t, :, d, :, 1] * c)
+            c = torch.where(padded[t], c, f * c + (1 - f) * u[t, :, d, 0])
+            h = skip[t, :, d] + r * m[:, d] * (NONLINEARITIES[nonlinearity](c) - skip[t, :, d])
+            steps.append(h.masked_fill(padded[t], 0))
+        outputs.append(torch.stack(steps if d == 0 else steps[::-1]))
+        final.append(c)
+    return torch.cat(outputs, dim=2), torch.cat(final, dim=1)
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_input(input: Tensor, size: int) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if input.dim() not in (2, 3) or input.shape[-1] != size:
+        raise ValueError(f"input must have shape (L, B, {size}) or (B, {size}), got {tuple(input.shape)}")
+
+
+def as_bool(mask_pad: Tensor | None, L: int, B: int, name: str = "mask_pad") -> Tensor | None:
+    if mask_pad is None:
+        return None
+    if mask_pad.shape != (L, B) and not (L == 1 and mask_pad.shape == (B,)):
+        raise ValueError(f"{name} must have shape {(L, B)}, got {tuple(mask_pad.shape)}")
+    return mask_pad.bool().view(L, B)
+
+
+def zero_padding(x: Tensor, padded: Tensor | None) -> Tensor:
+    return x if padded is None else x.masked_fill(padded.unsqueeze(2), 0)
+
+
+def one_of(custom_m: Any, transform_module: Any) -> Any:
+    if custom_m is not None and transform_module is not None:
+        raise ValueError("custom_m and transform_module are two names of one argument: expected one, got both")
+    return custom_m if transform_module is None else transform_module
+
+
+def repr_of(module: nn.Module, *names: str, **defaults: Any) -> str:
+    changed = [f"{n}={getattr(module, n)!r}" for n, default in defaults.items() if getattr(module, n) != default]
+    return ", ".join([str(getattr(module, n)) for n in names] + changed)

@@ -1,0 +1,212 @@
+"""`sru.SRU` of 2.6.0 on numsru's recurrence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .compat_cell import SRUCell, as_bool, check_input, check_sizes, one_of, repr_of, zero_padding
+
+
+class Stack(nn.Module):
+    """What SRU and SRU++ share: the layers one after the other, and the form of input, states and results."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        dropout: float,
+        bidirectional: bool,
+        nn_rnn_compatible_return: bool,
+        proj_input_to_hidden_first: bool,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.dropout, self.bidirectional = float(dropout), bool(bidirectional)
+        self.num_directions = 2 if bidirectional else 1
+        self.output_size = self.num_directions * hidden_size
+        self.nn_rnn_compatible_return = bool(nn_rnn_compatible_return)
+        self.input_to_hidden = None
+        if proj_input_to_hidden_first and input_size != self.output_size:
+            self.input_to_hidden = nn.Linear(input_size, self.output_size, bias=False)
+            nn.init.xavier_uniform_(self.input_to_hidden.weight)
+        self.rnn_lst = nn.ModuleList()
+
+    def _in_size(self, i: int) -> int:
+        return self.input_size if i == 0 and self.input_to_hidden is None else self.output_size
+
+    def _dropout(self, i: int) -> float:
+        return self.dropout if i < self.num_layers - 1 else 0.0
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters for all layers. A `custom_m` is left as it is."""
+        if self.input_to_hidden is not None:
+            nn.init.xavier_uniform_(self.input_to_hidden.weight)
+        for cell in self.rnn_lst:
+            cell.reset_parameters()  # type: ignore[operator]
+
+    def set_bias(self, bias_val: float = 0.0) -> None:
+        """Set the bias of every reset gate, as in `sru` 1.x."""
+        for cell in self.rnn_lst:
+            cell.set_bias(bias_val)  # type: ignore[operator]
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        c0: Tensor | None,
+        mask_pad: Tensor | None,
+        extra: Sequence[dict[str, Tensor | None]],
+    ) -> tuple[Any, Tensor, list[Tensor]]:
+        """Output, final states, and the input of every layer. `extra`: further arguments of each layer."""
+        if isinstance(input, PackedSequence):
+            if mask_pad is not None:
+                raise ValueError("a PackedSequence brings its own lengths: expected mask_pad=None")
+            x, lengths = pad_packed_sequence(input)
+            mask_pad = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths.to(x.device)
+            h, c_n, inputs = self._run(x, c0, mask_pad, extra)
+            if input.sorted_indices is not None:
+                h, lengths = h.index_select(1, input.sorted_indices), lengths[input.sorted_indices.cpu()]
+            data = pack_padded_sequence(h, lengths).data
+            return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c_n, inputs
+
+        check_input(input, self.input_size)
+        h = input if input.dim() == 3 else input.unsqueeze(0)
+        B, n, D, H = h.shape[1], self.num_layers, self.num_directions, self.hidden_size
+        padded = as_bool(mask_pad, h.shape[0], B)
+        if self.input_to_hidden is not None:
+            h = self.input_to_hidden(zero_padding(h, padded))
+        states: list[Tensor | None] = [None] * n if c0 is None else list(self._split_states(c0, B))
+        inputs, final = [], []
+        for cell, c, more in zip(self.rnn_lst, states, extra, strict=True):
+            inputs.append(h)
+            h, c_last = cell(h, c, padded, **more)
+            final.append(c_last)
+        c_n = torch.stack(final)
+        if self.nn_rnn_compatible_return:
+            c_n = c_n.view(n, B, D, H).transpose(1, 2).reshape(n * D, B, H)
+        return h if input.dim() == 3 else h.squeeze(0), c_n, inputs
+
+    def _split_states(self, c0: Tensor, B: int) -> Sequence[Tensor]:
+        """c0 as one (B, D*H) for each layer. What `nn_rnn_compatible_return` returns is taken as well."""
+        if not isinstance(c0, Tensor):
+            raise TypeError(f"c0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c0).__name__}")
+        n, D, H = self.num_layers, self.num_directions, self.hidden_size
+        if self.nn_rnn_compatible_return and c0.shape == (n * D, B, H):
+            c0 = c0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H)
+        if c0.shape != (n, B, D * H):
+            raise ValueError(f"c0 must have shape {(n, B, D * H)}, got {tuple(c0.shape)}")
+        return c0.unbind()
+
+    def extra_repr(self) -> str:
+        return repr_of(
+            self, "input_size", "hidden_size", num_layers=2, dropout=0.0, bidirectional=False,
+            nn_rnn_compatible_return=False,
+        )  # fmt: skip
+
+
+class SRU(Stack):
+    r"""Multi-layer SRU, in the place of `sru.SRU` of 2.6.0: same arguments in the same order, results and state dict.
+
+    Args:
+        num_layers: Layers, each reading the output of the one before.
+        projection_size: As `n_proj` of :class:`SRUCell`; a list has one for each layer.
+        nn_rnn_compatible_return: Return the states as `(num_layers*D, B, H)`, as `torch.nn.GRU` does.
+        custom_m: One module for each layer, or one of which every layer gets a copy with new parameters.
+        proj_input_to_hidden_first: A matrix takes the input to the size of the output, where they differ.
+        n_proj: The name of `projection_size` up to 2.1.
+
+    The other arguments are those of :class:`SRUCell`, applied to each layer; `dropout` to all but the last.
+
+    Inputs: `input, c0=None, mask_pad=None`
+        - **input**: `(L, B, input_size)`, `(B, input_size)` for one step, or a `PackedSequence`.
+        - **c0**: initial states, `(num_layers, B, D*H)`. Default: zeros.
+        - **mask_pad**: not 0 at padding, `(L, B)`, any dtype.
+
+    Outputs: `h, c`
+        - **h**: as the input, with `D*H` features; 0 at padding.
+        - **c**: final states, `(num_layers, B, D*H)`.
+
+    `load_state_dict` also takes checkpoints of 1.x and 3.0-dev.
+
+    Example:
+        >>> rnn = SRU(128, 256, num_layers=2, bidirectional=True)
+        >>> h, c = rnn(torch.randn(35, 32, 128))
+        >>> h.shape, c.shape
+        (torch.Size([35, 32, 512]), torch.Size([2, 32, 512]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        rnn_dropout: float = 0.0,
+        bidirectional: bool = False,
+        projection_size: int | Sequence[int] = 0,
+        use_tanh: bool = False,
+        layer_norm: bool = False,
+        highway_bias: float = 0.0,
+        has_skip_term: bool = True,
+        rescale: bool = False,
+        v1: bool = False,
+        nn_rnn_compatible_return: bool = False,
+        custom_m: nn.Module | Sequence[nn.Module] | nn.ModuleList | None = None,
+        proj_input_to_hidden_first: bool = False,
+        amp_recurrence_fp16: bool = False,
+        normalize_after: bool = False,
+        weight_c_init: float | None = None,
+        *,
+        n_proj: int = 0,
+        transform_module: nn.Module | Sequence[nn.Module] | nn.ModuleList | None = None,
+        use_relu: bool = False,
+        use_selu: bool = False,
+        is_input_normalized: bool = False,
+        weight_norm: bool = False,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, num_layers, dropout, bidirectional, nn_rnn_compatible_return,
+            proj_input_to_hidden_first,
+        )  # fmt: skip
+        custom_name = "custom_m" if transform_module is None else "transform_module"
+        customs = _for_each_layer(custom_name, one_of(custom_m, transform_module), num_layers)
+        projections = _for_each_layer("projection_size", projection_size, num_layers)
+        for i in range(num_layers):
+            named: dict[str, Any] = {custom_name: customs[i]}
+            self.rnn_lst.append(
+                SRUCell(
+                    self._in_size(i), hidden_size, self._dropout(i), rnn_dropout, bidirectional, n_proj, use_tanh,
+                    highway_bias, has_skip_term, layer_norm, rescale, v1, amp_recurrence_fp16=amp_recurrence_fp16,
+                    normalize_after=normalize_after, weight_c_init=weight_c_init, projection_size=projections[i],
+                    use_relu=use_relu, use_selu=use_selu, is_input_normalized=is_input_normalized,
+                    weight_norm=weight_norm, **named,
+                )
+            )  # fmt: skip
+
+    def forward(
+        self, input: Tensor | PackedSequence, c0: Tensor | None = None, mask_pad: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        h, c_n, _ = self._run(input, c0, mask_pad, [{}] * self.num_layers)
+        return h, c_n
+
+
+def _for_each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
+    """`value` as a list of one for each layer; of a single module, copies with parameters of their own."""
+    if isinstance(value, (list, tuple, nn.ModuleList)):
+        if len(value) != num_layers:
+            raise ValueError(f"{name} must have one item for each of the {num_layers} layers, got {len(value)}")
+        return list(value)
+    if not isinstance(value, nn.Module):
+        return [value] * num_layers
+    copies = [copy.deepcopy(value) for _ in range(num_layers)]
+    for module in (module for c in copies for module in c.modules()):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+    return copies
