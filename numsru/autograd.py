@@ -31,8 +31,13 @@ def _kernels(device_type: str) -> ModuleType | None:
     if device_type == "cpu":
         return cpu_kernels
     if device_type == "cuda":
-        from . import cuda_kernels  # imported late: numba.cuda is of no use to those without a GPU
-
+        try:
+            from . import cuda_kernels  # imported late: numba.cuda is of no use to those without a GPU
+        except (ImportError, RuntimeError) as error:
+            error.add_note(
+                "numsru needs NVIDIA's libraries for its CUDA kernels: pip install 'numsru[cuda13]' or [cuda12]"
+            )
+            raise
         return cuda_kernels
     return None
 
@@ -44,7 +49,7 @@ class _Recurrence(torch.autograd.Function):
         bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         h, c_n, c = kernels.forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B)
-        ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c)
+        ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c, c_0)
         ctx.constants = kernels, options, scale_x, L, B
         return h, c_n
 
@@ -59,8 +64,10 @@ class _Recurrence(torch.autograd.Function):
 
 def _gradients(
     kernels: ModuleType, options: Options, scale_x: float, L: int, B: int, u: Tensor, x: Tensor | None, bias: Tensor,
-    weight_c: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
+    weight_c: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, c: Tensor, c_0: Tensor | None,
+    grad_h: Tensor, grad_c_n: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The kernels' gradients. They find c_0 in c; it is an argument because the gradients depend on it."""
     return kernels.backward(  # type: ignore[no-any-return]
         options, u, x, bias, weight_c, mask_c, valid, scale_x, L, B, c, grad_h.contiguous(), grad_c_n.contiguous()
     )
@@ -83,8 +90,8 @@ class _Gradients(torch.autograd.Function):
 
 def sru_recurrence(
     u: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
+    x: Tensor | None = None,
+    bias: Tensor | None = None,
     c_0: Tensor | None = None,
     *,
     weight_c: Tensor | None = None,
@@ -150,6 +157,13 @@ def sru_recurrence(
         >>> h.shape, c_n.shape
         (torch.Size([5, 2, 4]), torch.Size([2, 4]))
     """
+    tensors: dict[str, Any] = {
+        "u": u, "x": x, "bias": bias, "c_0": c_0, "weight_c": weight_c, "mask_c": mask_c, "lengths": lengths,
+        "mask_pad": mask_pad, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    for name, a in tensors.items():
+        if not isinstance(a, Tensor) and (a is not None or name == "u"):
+            raise TypeError(f"{name} must be a Tensor, got {type(a).__name__}")
     leading = "(L, B" if cu_seqlens is None else "(total_steps"
     dims = 5 if cu_seqlens is None else 4
     if u.dim() != dims or u.shape[-3] not in (1, 2) or u.shape[-2] not in (3, 4) or u.shape[-1] == 0:
@@ -168,7 +182,7 @@ def sru_recurrence(
     else:
         if lengths is not None or mask_pad is not None:
             raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
-        valid, L = _check_cu_seqlens(cu_seqlens, u.shape[0], u.device)
+        valid, L = check_cu_seqlens(cu_seqlens, u.shape[0], u.device)
         B = len(cu_seqlens) - 1
     _check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
     _check("bias", bias, (D, 2, H), u.dtype, u.device)
@@ -204,11 +218,10 @@ def sru_recurrence(
     )
     if bias is None:
         bias = u.new_zeros(D, 2, H)
-    tensors = [None if a is None else a.contiguous() for a in (u, x, bias, weight_c, c_0, mask_c, valid)]
-    if not options.save_c:  # nothing to differentiate: spare the graph's cost, which a single step would feel
-        h, c_n, _ = kernels.forward(options, *tensors, float(scale_x), L, B)
-        return h, c_n
-    h, c_n = _Recurrence.apply(kernels, options, float(scale_x), L, B, *tensors)  # type: ignore[no-untyped-call]
+    h, c_n = _Recurrence.apply(  # type: ignore[no-untyped-call]
+        kernels, options, float(scale_x), L, B,
+        *(None if a is None else a.contiguous().resolve_neg() for a in (u, x, bias, weight_c, c_0, mask_c, valid)),
+    )  # fmt: skip
     return h, c_n
 
 
@@ -218,7 +231,7 @@ def _check(name: str, a: Tensor | None, shape: tuple[int, ...], dtype: torch.dty
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(a.shape)}")
     if a.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} as u is, got {a.dtype}")
+        raise TypeError(f"{name} must be {dtype}{'' if dtype == torch.bool else ' as u is'}, got {a.dtype}")
     if a.device != device:
         raise ValueError(f"{name} must be on {device} as u is, got {a.device}")
 
@@ -241,11 +254,12 @@ def check_padding(
         raise ValueError(f"lengths must lie between 0 and L = {L}, got {int(lengths.min())} to {int(lengths.max())}")
     if lengths.device.type != "cpu" and lengths.device != device:
         raise ValueError(f"lengths must be on {device} as u is, or on the CPU, got {lengths.device}")
-    return lengths.to(device, torch.int64)
+    # A copy: kernels on the CPU rely on the values that were checked here, and read them again in backward.
+    return lengths.to(device, torch.int64, copy=lengths.device.type == "cpu")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device) -> tuple[Tensor, int]:
-    """cu_seqlens as int64 on `device`, and the length of the longest sequence, or a bound where it is not known."""
+def check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device) -> tuple[Tensor, int]:
+    """cu_seqlens as int64 on `device`, and the most steps that a sequence has."""
     if cu_seqlens.dim() != 1 or not len(cu_seqlens):
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype.is_floating_point or cu_seqlens.dtype.is_complex or cu_seqlens.dtype == torch.bool:
@@ -253,11 +267,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device
     if cu_seqlens.device.type != "cpu":
         if cu_seqlens.device != device:
             raise ValueError(f"cu_seqlens must be on {device} as u is, or on the CPU, got {cu_seqlens.device}")
-        return cu_seqlens.long(), total_steps
+        return cu_seqlens.long(), total_steps  # a bound
     lengths = cu_seqlens.diff().tolist()
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != total_steps or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must rise from 0 to total_steps = {total_steps}, got {cu_seqlens.tolist()}")
-    return cu_seqlens.to(device, torch.int64), max(lengths, default=0)
+    return cu_seqlens.to(device, torch.int64, copy=True), max(lengths, default=0)
 
 
 def _check_choice(name: str, value: str, choices: dict[str, int]) -> None:

@@ -130,6 +130,11 @@ class SRUCell(nn.Module):
     def _custom(self) -> nn.Module | None:
         return self._modules.get(self._custom_name)
 
+    @property
+    def _own_product(self) -> bool:
+        """Whether U is no business of the user's."""
+        return self._custom is None
+
     def reset_parameters(self) -> None:
         """Draw new parameters as `sru` 2.6.0 does. A `custom_m` is left as it is."""
         scale = math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale and self.has_skip_term else 1.0
@@ -179,7 +184,7 @@ class SRUCell(nn.Module):
         if c0 is not None and c0.shape != (B, self.output_size):
             raise ValueError(f"c0 must have shape {(B, self.output_size)}, got {tuple(c0.shape)}")
         padded = as_bool(mask_pad, L, B)
-        if self._custom is None:
+        if self._own_product:
             # What the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
             x = zero_padding(x, padded)
         v = x
@@ -300,7 +305,7 @@ def _recurrence_with_step_weights(
             c = torch.where(padded[t], c, f * c + (1 - f) * u[t, :, d, 0])
             h = skip[t, :, d] + r * m[:, d] * (NONLINEARITIES[nonlinearity](c) - skip[t, :, d])
             steps.append(h.masked_fill(padded[t], 0))
-        outputs.append(torch.stack(steps if d == 0 else steps[::-1]))
+        outputs.append(torch.stack(steps if d == 0 else steps[::-1]) if L else u.new_empty(0, B, H))
         final.append(c)
     return torch.cat(outputs, dim=2), torch.cat(final, dim=1)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .compat_cell import SRUCell, as_bool, check_sizes, zero_padding
+from .compat_cell import SRUCell, as_bool, check_sizes
 from .compat_convert import gate_major
 from .compat_sru import Stack
 
@@ -241,15 +241,17 @@ class SRUppCell(SRUCell):
         extra = {"attn_mask": attn_mask, "memory": memory, "memory_mask_pad": memory_mask_pad}
         return self._layer(input, c0, mask_pad, extra)
 
+    @property
+    def _own_product(self) -> bool:
+        return type(self._custom) in (SRUppAttention, SRUppProjectedLinear)
+
     def _products(
         self, v: Tensor, padded: Tensor | None, extra: dict[str, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         custom: Any = self._custom
         extra = {"mask_pad": padded, **extra}
-        if type(custom) not in (SRUppAttention, SRUppProjectedLinear):
+        if not self._own_product:
             return self._split_products(custom(v, **extra), v)
-        # Nothing attends to padding, but what it holds must not reach gradients as 0 * NaN.
-        v = zero_padding(v, padded)
         D, K, H = self.num_directions, self.num_matrices, self.hidden_size
         u = F.linear(custom.features(v, **extra), gate_major(custom.last.weight, D, H))
         return u.view(*u.shape[:2], D, K, H), None

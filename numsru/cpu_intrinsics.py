@@ -95,14 +95,16 @@ _ONE = np.float32(1)
 
 @register_jitable
 def _exp_float32(x):
-    """exp(x) for x in [-87, 87] to 2 units in the last place; beyond, the value at the bound. NaN stays NaN."""
+    """exp(x) for x in [-87, 87] to 3 units in the last place; beyond, the value at the bound. NaN stays NaN."""
+    given = x
     x = np.float32(87) if x > np.float32(87) else x
     x = np.float32(-87) if x < np.float32(-87) else x
     shifted = x * _LOG2_E + _MAGIC
     n = shifted - _MAGIC
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_E5 * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _E0
-    return _times_power_of_two(p * (r * r) + r + _ONE, shifted)
+    y = _times_power_of_two(p * (r * r) + r + _ONE, shifted)
+    return y if given == given else given  # the integer arithmetic on its bits may make a number of NaN
 
 
 # Eigen's rational approximation of tanh, an odd polynomial over an even one, good to 3e-7 up to the bound.

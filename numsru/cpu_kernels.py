@@ -276,7 +276,11 @@ def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, *arrays
     elif _start_team is not None:
         _start_team(kernel.address, address, n_threads, 0)
     else:
-        team = [threading.Thread(target=kernel.ctypes, args=(address,)) for _ in range(n_threads)]
+
+        def work(memory: Any = (words, arrays)) -> None:  # kept alive even where Ctrl-C ends the wait below
+            kernel.ctypes(address)
+
+        team = [threading.Thread(target=work) for _ in range(n_threads)]
         for thread in team:
             thread.start()
         for thread in team:

@@ -146,6 +146,7 @@ def forward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., Non
     """One launch writes h, c_n and, with `save_c`, the state at the start of every tile."""
     version, nonlinearity, placement, skip_kind, padding, has_c_0, has_mask_c, save_c = options
     width, chunks, chunk = tile
+    assert version == 1 or chunks == 1
     uneven = padding in (LENGTHS, PACKED)  # rows have different numbers of steps
     tile_length, exchanged = chunks * chunk, 2 * chunks * width
 
@@ -227,6 +228,7 @@ def backward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., No
     """One launch writes grad_u, grad_x, grad_c_0 and each row's sums over time for the gradients of the parameters."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
     width, chunks, chunk = tile
+    assert version == 1 or chunks == 1
     uneven = padding in (LENGTHS, PACKED)  # rows have different numbers of steps
     tile_length, threads, exchanged = chunks * chunk, chunks * width, 2 * chunks * width
     parts = options.parts
@@ -408,17 +410,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """h, c_n and, with `save_c`, what backward needs of c: the states at the start of every tile."""
     D, H = u.shape[-3], u.shape[-1]
-    columns, real, tile = B * D * H, _REAL[u.dtype], choose_tile(options, L, B * D * H)
-    L = len(u)  # without padding: all steps of all rows
+    columns, real = B * D * H, _REAL[u.dtype]
+    tile, steps = choose_tile(options, L, columns), len(u)  # steps: L, and of sequences end to end all there are
     h, c_n = u.new_empty(*u.shape[:-3], D * H), u.new_empty(B, D * H)
     saved = None
     if options.save_c:
-        saved = u.new_empty(_count_saved(options.padding, tile.chunks * tile.steps, L, B), D * H)
+        saved = u.new_empty(_count_saved(options.padding, tile.chunks * tile.steps, steps, B), D * H)
     if columns:
         cuda_launch.launch(
             forward_kernel(options, real, tile), signatures(options, real)[0], u.device,
             -(-columns // tile.columns), (tile.columns, tile.chunks),
-            u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B, D, H, h, c_n, saved,
+            u, x, bias, weight_c, c_0, mask_c, valid, scale_x, steps, B, D, H, h, c_n, saved,
         )  # fmt: skip
     return h, c_n, saved
 
@@ -429,15 +431,17 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of u, x, bias, weight_c and c_0."""
     D, H = u.shape[-3], u.shape[-1]
-    columns, real, tile = B * D * H, _REAL[u.dtype], choose_tile(options, L, B * D * H)
+    columns, real = B * D * H, _REAL[u.dtype]
+    tile, steps = choose_tile(options, L, columns), len(u)  # steps: L, and of sequences end to end all there are
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
     grad_c_0, sum_bias = torch.empty_like(grad_c_n), u.new_empty(B, D, 2, H)
     sum_weight_c = None if weight_c is None else torch.empty_like(sum_bias)
     if columns:
         cuda_launch.launch(
-            backward_kernel(options, real, tile), signatures(options, real)[1], u.device,
+            backward_kernel(options._replace(has_c_0=False, save_c=True), real, tile),
+            signatures(options, real)[1], u.device,
             -(-columns // tile.columns), (tile.columns, tile.chunks),
-            u, x, bias, weight_c, mask_c, valid, scale_x, len(u), B, D, H, saved, grad_h, grad_c_n,
+            u, x, bias, weight_c, mask_c, valid, scale_x, steps, B, D, H, saved, grad_h, grad_c_n,
             grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
         )  # fmt: skip
     return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c_0

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from cuda.core import LaunchConfig, Stream
 from cuda.core import launch as launch_on_stream
+from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
 from torch import Tensor
 
@@ -37,17 +38,8 @@ def launch(
             arguments are of them.
         arguments: Tensors on `device`, contiguous; None for a null pointer; numbers.
     """
-    scalar = np.float32 if float32 in signature.args else np.float64
-    values = [
-        a.data_ptr()
-        if isinstance(a, Tensor)
-        else 0
-        if a is None
-        else scalar(a)
-        if isinstance(a, float)
-        else np.int64(a)
-        for a in arguments
-    ]
+    real = np.float32 if float32 in signature.args else np.float64
+    values = [_value(a, real) for a in arguments]
     with torch.cuda.device(device):
         compiled = _compiled.get((kernel, device.index)) or _compile(kernel, signature, device.index)
         handle = torch.cuda.current_stream(device).cuda_stream
@@ -55,18 +47,27 @@ def launch(
         launch_on_stream(stream, _config(blocks, block), compiled, *values)
 
 
+def _value(a: Any, real: Any) -> Any:
+    """An argument as `cuda.core` takes it: an address is a Python int, a number a NumPy scalar."""
+    if isinstance(a, Tensor):
+        return a.data_ptr()  # what `__cuda_array_interface__` gives, at a thirtieth of its cost
+    if a is None:
+        return 0
+    return real(a) if isinstance(a, float) else np.int64(a)
+
+
 def _compile(kernel: Callable[..., None], signature: Any, device: int) -> Any:
-    """The kernel for the current device. Numba keeps the compiled code; each device loads it for itself."""
+    """The kernel, compiled for the current device and loaded there."""
     with _compiling:
         if (kernel, device) not in _compiled:
             try:
                 dispatcher = cuda.jit(signature)(kernel)
                 compiled = dispatcher.overloads[signature.args].library.get_cufunc().kernel
-            except ImportError as error:
-                major = (torch.version.cuda or "13").split(".")[0]
+            except (ImportError, DynamicLibNotFoundError) as error:
+                extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
                 raise RuntimeError(
                     f"numsru cannot compile its CUDA kernels: {error}. Install the compiler's libraries with "
-                    f"pip install 'numsru[cuda{major}]'"
+                    f"pip install 'numsru[{extra}]'"
                 ) from error
             _compiled[kernel, device] = compiled
         return _compiled[kernel, device]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import check_padding, sru_recurrence
+from .autograd import check_cu_seqlens, check_padding, sru_recurrence
 from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
+
+
+def _is_on_host(a: Tensor) -> bool:
+    """Whether a's values can be looked at without waiting for a device."""
+    return a.device.type == "cpu"
+
+
+def _at_least_float32(a: Tensor) -> Tensor:
+    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
 class _Padding(NamedTuple):
@@ -33,7 +43,8 @@ class _Padding(NamedTuple):
         """The batch row of each step, with cu_seqlens."""
         assert self.cu_seqlens is not None
         steps = torch.arange(total_steps, device=self.cu_seqlens.device)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), steps, right=True)
+        row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), steps, right=True)
+        return row.clamp(max=len(self.cu_seqlens) - 2)  # values on a GPU have not been checked
 
 
 class _SRUBase(nn.Module):
@@ -61,7 +72,7 @@ class _SRUBase(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if not isinstance(size, int) or isinstance(size, bool):
+            if not isinstance(size, numbers.Integral) or isinstance(size, bool):
                 raise TypeError(f"{name} must be an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -131,7 +142,8 @@ class _SRUBase(nn.Module):
         Weights are uniform in ±sqrt(3 / fan_in), so that u has the variance of x; biases are 0, the reset gate's
         `highway_bias`. With `rescale`, the skip matrix is multiplied by sqrt(1 + 2 exp(highway_bias)). Version 2 also
         follows its authors' package: weight_c uniform in ±sqrt(3/2), gate weights divided by sqrt(2), candidate
-        weights multiplied by sqrt(1 - dropout), all by sqrt(1 - rnn_dropout), and by 0.1 with layer normalisation.
+        weights multiplied by sqrt(1 - dropout) where there is dropout, all by sqrt(1 - rnn_dropout), and by 0.1 with
+        layer normalisation.
         """
         D, H = self.num_directions, self.hidden_size
         with torch.no_grad():
@@ -150,7 +162,7 @@ class _SRUBase(nn.Module):
                 if self.version == 2:
                     getattr(self, f"weight_c_l{i}").uniform_(-math.sqrt(1.5), math.sqrt(1.5))
                     weight[:, 1:3] *= math.sqrt(0.5)
-                    weight[:, 0] *= math.sqrt(1 - self.dropout)
+                    weight[:, 0] *= math.sqrt(1 - self.dropout) if i < self.num_layers - 1 else 1
                     weight *= math.sqrt(1 - self.rnn_dropout) * (0.1 if self.layer_norm else 1)
                 if self.layer_norm:
                     getattr(self, f"layer_norm_l{i}").reset_parameters()
@@ -158,6 +170,8 @@ class _SRUBase(nn.Module):
     def _layer(self, i: int, x: Tensor, B: int, c_0: Tensor | None, padding: _Padding) -> tuple[Tensor, Tensor]:
         """Layer i of x, (L, B, in) or (total_steps, in): h, as x with D*H features, and c_n, (B, D*H)."""
         D, K, H = self.num_directions, self._parts(i), self.hidden_size
+        if torch.is_autocast_enabled(x.device.type):  # what comes from other layers may be of 16 bits; states are not
+            x, c_0 = _at_least_float32(x), None if c_0 is None else _at_least_float32(c_0)
         v = getattr(self, f"layer_norm_l{i}")(x) if self.layer_norm == "pre" else x
         if self.training and self.rnn_dropout > 0:
             mask_x = F.dropout(v.new_ones(B, v.shape[-1]), self.rnn_dropout)
@@ -199,10 +213,18 @@ class _SRUBase(nn.Module):
                 f"got shape {tuple(input.shape)}"
             )
         weight: Tensor = self.weight_l0  # type: ignore[assignment]
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{type(self).__name__} computes in float32 and float64, but its parameters are {weight.dtype}; "
+                "for 16 bits keep them in float32 and use torch.autocast"
+            )
         if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
         if input.device != weight.device:
             raise ValueError(f"input must be on {weight.device} as the parameters are, got {input.device}")
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: parameters need no flattening. For code written for `torch.nn.GRU`."""
 
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
@@ -332,14 +354,23 @@ class SRU(_SRUBase):
             if lengths is not None or mask_pad is not None or cu_seqlens is not None:
                 raise ValueError("a PackedSequence brings its own lengths: leave out lengths, mask_pad and cu_seqlens")
             return self._forward_packed_sequence(input, c_0)
+        for name, a in (("mask_pad", mask_pad), ("cu_seqlens", cu_seqlens)):
+            if a is not None and not isinstance(a, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(a).__name__}")
         if cu_seqlens is not None:
             self._check_input(input, (2, 2))
             if lengths is not None or mask_pad is not None:
                 raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
+            check_cu_seqlens(cu_seqlens, len(input), input.device)
             return self._forward_layers(input, len(cu_seqlens) - 1, c_0, _Padding(cu_seqlens=cu_seqlens))
         self._check_input(input, (2, 3))
+        if mask_pad is not None and mask_pad.shape != input.shape[:-1]:
+            raise ValueError(f"mask_pad must have shape {tuple(input.shape[:-1])}, got {tuple(mask_pad.shape)}")
+        if lengths is not None and not isinstance(lengths, Tensor):
+            lengths = torch.tensor(lengths, device="cpu")
+            lengths = lengths if lengths.numel() else lengths.long()
         if input.dim() == 2:
-            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+            lengths = None if lengths is None else lengths.reshape(-1)
             mask_pad = None if mask_pad is None else mask_pad.unsqueeze(1)
             c_0 = self._check_state(c_0, None)
             output, c_n = self._forward_padded(input.unsqueeze(1), c_0, lengths, mask_pad)
@@ -351,23 +382,21 @@ class SRU(_SRUBase):
         return self._forward_padded(input, c_0, lengths, mask_pad)
 
     def _forward_padded(
-        self, x: Tensor, c_0: Tensor | None, lengths: Tensor | Sequence[int] | None, mask_pad: Tensor | None
+        self, x: Tensor, c_0: Tensor | None, lengths: Tensor | None, mask_pad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x is (L, B, in), mask_pad (L, B)."""
         L, B, _ = x.shape
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths)
-        check_padding(lengths, mask_pad, L, B, x.device)
-        on_host = next((a for a in (lengths, mask_pad) if a is not None and a.device.type == "cpu"), None)
+        on_host = next((a for a in (lengths, mask_pad) if a is not None and _is_on_host(a)), None)
+        check_padding(lengths, mask_pad, L, B, x.device if on_host is None else on_host.device)
         if on_host is None:
             # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
             padding = _Padding(lengths, mask_pad)
             return self._forward_layers(padding.zero(x), B, c_0, padding)
         # What is padding is known here, so that only valid steps need to be computed: one row after the other.
-        valid = ~on_host if lengths is None else torch.arange(L).unsqueeze(1) < lengths
+        valid = ~on_host if lengths is None else torch.arange(L, device="cpu").unsqueeze(1) < lengths
         if valid.all():
             return self._forward_layers(x, B, c_0, _Padding())
-        at = (torch.arange(L * B).view(L, B).t()[valid.t()]).to(x.device, non_blocking=True)
+        at = torch.arange(L * B, device="cpu").view(L, B).t()[valid.t()].to(x.device, non_blocking=True)
         cu_seqlens = F.pad(valid.sum(0).cumsum(0), (1, 0))
         h, c_n = self._forward_layers(x.reshape(L * B, -1).index_select(0, at), B, c_0, _Padding(cu_seqlens=cu_seqlens))
         return h.new_zeros(L * B, h.shape[1]).index_copy(0, at, h).view(L, B, -1), c_n
@@ -377,9 +406,9 @@ class SRU(_SRUBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_input(data, (2, 2))
         B = int(batch_sizes[0])
-        valid = torch.arange(B) < batch_sizes.unsqueeze(1)
-        by_row = torch.empty(valid.shape, dtype=torch.int64)
-        by_row[valid] = torch.arange(len(data))
+        valid = torch.arange(B, device="cpu") < batch_sizes.unsqueeze(1)
+        by_row = torch.empty(valid.shape, dtype=torch.int64, device="cpu")
+        by_row[valid] = torch.arange(len(data), device="cpu")
         at = by_row.t()[valid.t()].to(data.device, non_blocking=True)
         cu_seqlens = F.pad(valid.sum(0).cumsum(0), (1, 0))
         c_0 = self._check_state(c_0, B)

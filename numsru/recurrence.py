@@ -3,7 +3,7 @@ r"""One time step of the SRU recurrence, forward and backward, as scalar functio
 The CPU and the CUDA kernels take their equations from here and from nowhere else, so the two cannot disagree.
 Everything is written for one column: one batch row, one direction, one unit. The functions are plain Python; each
 backend compiles them with its own `sigmoid`, `tanh` and `exp` (`cpu_intrinsics.py`, `cuda_intrinsics.py`), and the
-CUDA simulator and `NUMBA_DISABLE_JIT=1` run them as they stand.
+CUDA simulator runs them as they stand.
 
 Version 1 (arXiv:1709.02755v1) and version 2 (arXiv:1709.02755v5), with g the nonlinearity and m the dropout mask:
 
@@ -87,7 +87,8 @@ def activate(c, nonlinearity):
     if nonlinearity == SELU:
         if c > type(c)(0):
             return type(c)(SELU_SCALE) * c
-        return type(c)(SELU_SCALE * SELU_ALPHA) * (exp(-abs(c)) - type(c)(1))
+        # exp(c) - 1 without losing the digits of a small c; -|c| so that the branch not taken cannot overflow.
+        return type(c)(SELU_SCALE * SELU_ALPHA) * tanh(c / type(c)(2)) * (exp(-abs(c)) + type(c)(1))
     return c
 
 

@@ -1,8 +1,9 @@
-"""Recorded runs of the official package `sru` 2.6.0, and its model on top of any `sru_recurrence`.
+"""Recorded runs of the official package `sru` (2.6.0, 3.0-dev), and its model on top of any `sru_recurrence`.
 
 Each file of `data/official_golden` holds the constructor arguments (`meta`), the inputs and upstream gradients (`x`,
 `c0`, `mask_pad`, `grad_h`, `grad_c_n`), the parameters (`param/<name>`), and what came out: `h`, `c_n`, `grad_x`,
-`grad_c0`, `grad/<parameter>`. `c0` and `mask_pad` are optional.
+`grad_c0`, `grad/<parameter>`. `c0` and `mask_pad` are optional. `data/official_regression` holds a checkpoint of 2.3.5
+with an input and its output.
 """
 
 import json
@@ -17,6 +18,7 @@ from torch.nn.functional import layer_norm
 
 DATA = Path(__file__).parent / "data" / "official_golden"
 NAMES = sorted(path.stem for path in DATA.glob("v[12]_*.npz"))
+NAMES_3 = sorted(path.stem for path in DATA.glob("v3_*.npz"))
 
 
 class Record(NamedTuple):
@@ -32,6 +34,28 @@ def load(name: str, dtype: torch.dtype = torch.float64, device: str | torch.devi
     arrays = {key: a.to(device, dtype if a.is_floating_point() else a.dtype) for key, a in arrays.items()}
     inputs = {key: a for key, a in arrays.items() if _is_input(key)}
     return Record(options, inputs, {key: a for key, a in arrays.items() if key not in inputs})
+
+
+def parameters(record: Record) -> dict[str, Tensor]:
+    """The state dict of the recorded model."""
+    return {key.removeprefix("param/"): a for key, a in record.inputs.items() if key.startswith("param/")}
+
+
+def load_regression() -> dict[str, Tensor]:
+    with np.load(DATA.parent / "official_regression" / "sru_2.3.5_golden.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def assert_matches_recording(received: dict[str, Tensor], record: Record, tolerance: float = 1e-5) -> None:
+    """Every recorded result is in `received`, within `tolerance` of its largest magnitude."""
+    missing = record.results.keys() - received.keys()
+    assert not missing
+    errors = {}
+    for name, expected in record.results.items():
+        assert received[name].shape == expected.shape, name
+        errors[name] = float((received[name].detach().double() - expected.double()).abs().max() / expected.abs().max())
+    wrong = {name: f"{error:.2g}" for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"relative errors above {tolerance}: {wrong}"
 
 
 def run_official(record: Record, recurrence: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """`sru_recurrence` as a differentiable operation: gradcheck, which gradients, what it leaves alone, its errors."""
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, assert_agrees, run_and_grads
 from official import NAMES, load, run_official
+from torch.autograd import forward_ad
 
 import numsru
 from numsru import sru_recurrence
@@ -123,11 +125,13 @@ def test_padding_contents_never_matter(version, junk, padding):
     assert not received["h"][padded].any()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1, 0x7FFFFFFF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("version", [1, 2])
-def test_nan_stays_in_its_column(version):
-    inputs, _ = Case(version=version, H=9).make_inputs()
+def test_nan_stays_in_its_column(version, dtype, bits):
+    inputs, _ = Case(version=version, H=9, dtype=dtype).make_inputs()
     inputs["u"] = inputs["u"].detach().clone()
-    inputs["u"][2, 1, 0, 1, 4] = float("nan")
+    inputs["u"][2, 1, 0, 1, 4] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     h, c_n = sru_recurrence(**inputs)
     affected = torch.zeros_like(h, dtype=torch.bool)
     affected[2:, 1, 4] = True
@@ -161,12 +165,48 @@ def test_inference_gives_the_bits_of_training():
         torch.testing.assert_close(sru_recurrence(**inputs), (h.detach(), c_n.detach()), rtol=0, atol=0)
 
 
-def test_second_derivative_is_refused():
-    inputs, _ = Case().make_inputs()
+@pytest.mark.parametrize("name", ["u", "x", "bias", "c_0", "weight_c"])
+def test_second_derivative_is_refused(name):
+    inputs, _ = Case(version=2).make_inputs()
+    for other in ("u", "x", "bias", "c_0", "weight_c"):
+        inputs[other] = inputs[other].detach().requires_grad_(other == name)
     h, _ = sru_recurrence(**inputs)
-    (grad,) = torch.autograd.grad(h.sum(), inputs["u"], create_graph=True)
+    (grad,) = torch.autograd.grad(h.sum(), inputs[name], create_graph=True)
     with pytest.raises(RuntimeError, match=r"numsru\.reference\.sru_recurrence"):
         grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # from torch's own import
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+def test_forward_mode_is_refused(grad_mode):
+    inputs, _ = Case().make_inputs()
+    u = inputs.pop("u").detach()
+    with torch.set_grad_enabled(grad_mode), forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        sru_recurrence(forward_ad.make_dual(u, torch.ones_like(u)), **inputs)
+
+
+def test_vmap_is_refused():
+    inputs, _ = Case().make_inputs()
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda u: sru_recurrence(**inputs | {"u": u}))(torch.zeros(2, *inputs["u"].shape).double())
+
+
+def test_negative_view_is_read_with_its_sign():
+    inputs, _ = Case().make_inputs()
+    x = inputs["x"].detach()
+    inputs["x"] = torch.complex(torch.zeros_like(x), -x).conj().imag.contiguous()
+    expected = sru_recurrence(**inputs | {"x": x})
+    torch.testing.assert_close(sru_recurrence(**inputs), expected, rtol=0, atol=0)
+
+
+def test_lengths_changed_after_forward_do_not_reach_backward():
+    inputs, grads = Case(padding="lengths").make_inputs()
+    expected = run_and_grads(sru_recurrence, inputs, grads)["grad_u"]
+    values = inputs["lengths"].numpy().copy()
+    h, c_n = sru_recurrence(**inputs | {"lengths": torch.from_numpy(values)})
+    values[:] = 1000
+    (received,) = torch.autograd.grad((h, c_n), inputs["u"], (grads["grad_h"], grads["grad_c_n"]))
+    torch.testing.assert_close(received, expected, rtol=0, atol=0)
 
 
 def test_other_devices_go_to_the_reference():
@@ -197,7 +237,7 @@ ERRORS = {
     "lengths below 0": ({"lengths": torch.tensor([1, -2, 7])}, ValueError, "between 0 and L = 7, got -2 to 7"),
     "fractional lengths": ({"lengths": torch.tensor([1.0, 2, 3])}, TypeError, "integers, got torch.float32"),
     "mask_pad of another shape": ({"mask_pad": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, r"\(7, 3\)"),
-    "mask_pad of numbers": ({"mask_pad": torch.zeros(7, 3)}, TypeError, "mask_pad must be torch.bool"),
+    "mask_pad of numbers": ({"mask_pad": torch.zeros(7, 3)}, TypeError, "mask_pad must be torch.bool, got"),
     "both paddings": (
         {"lengths": torch.tensor([1, 2, 3]), "mask_pad": torch.zeros(7, 3, dtype=torch.bool)},
         ValueError, "at most one of lengths and mask_pad, got both",
@@ -211,6 +251,8 @@ ERRORS = {
     "cu_seqlens with lengths": (
         FLAT | {"cu_seqlens": torch.tensor([0, 7]), "lengths": torch.tensor([7])}, ValueError, "leaves no padding",
     ),
+    "u of NumPy": ({"u": np.zeros((7, 3, 1, 3, 5))}, TypeError, "u must be a Tensor, got ndarray"),
+    "lengths in a list": ({"lengths": [1, 2, 3]}, TypeError, "lengths must be a Tensor, got list"),
     "nonlinearity": ({"nonlinearity": "gelu"}, ValueError, "'identity', 'tanh', 'relu', 'selu', got 'gelu'"),
     "placement": ({"dropout_placement": "state"}, ValueError, "'paper', 'highway', got 'state'"),
 }  # fmt: skip

@@ -74,14 +74,15 @@ def by_hand(rnn, x, c_0=None, mask_pad=None):
     return x, torch.stack(states)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("padded", ["full", "host", "device"])
 @pytest.mark.parametrize("name", MODULES)
-def test_module_matches_the_reference_with_all_gradients(name, padded):
+def test_module_matches_the_reference_with_all_gradients(monkeypatch, name, padded):
+    monkeypatch.setattr(numsru.nn, "_is_on_host", lambda a: padded == "host")
     rnn = make(name)
     x = torch.randn(7, 3, 6, dtype=F64, requires_grad=True)
     D = 2 if rnn.bidirectional else 1
     c_0 = torch.randn(rnn.num_layers * D, 3, rnn.hidden_size, dtype=F64, requires_grad=True)
-    mask_pad = torch.rand(7, 3) < 0.3 if padded else None
+    mask_pad = None if padded == "full" else torch.rand(7, 3) < 0.3
     inputs = [x, c_0, *rnn.parameters()]
     grads = [torch.randn(7, 3, D * rnn.hidden_size, dtype=F64), torch.randn_like(c_0)]
     received = rnn(x, c_0, mask_pad=mask_pad)
@@ -97,11 +98,9 @@ def test_module_matches_the_reference_with_all_gradients(name, padded):
 @pytest.mark.parametrize("L", [0, 1, 5])
 @pytest.mark.parametrize("name", ["layers", "bidirectional"])
 def test_shapes_are_those_of_gru(name, L, B):
-    if L == 0:
-        expected = (0, B, 4 * (1 + make(name).bidirectional)), make(name)(torch.zeros(1, B, 6, dtype=F64))[1].shape
-    else:
-        gru = torch.nn.GRU(6, 4, **MODULES[name])
-        expected = tuple(a.shape for a in gru(torch.zeros(L, B, 6)))
+    # torch.nn.GRU refuses L = 0.
+    output, h_n = torch.nn.GRU(6, 4, **MODULES[name])(torch.zeros(max(L, 1), B, 6))
+    expected = output[:L].shape, h_n.shape
     assert tuple(a.shape for a in make(name)(torch.randn(L, B, 6, dtype=F64))) == expected
 
 
@@ -169,6 +168,13 @@ def test_lengths_equal_a_mask(lengths):
     torch.testing.assert_close(rnn(x, lengths=lengths), rnn(x, mask_pad=mask_pad), rtol=0, atol=0)
 
 
+@pytest.fixture(params=["host", "device"])
+def where_padding_is(request, monkeypatch):
+    """Padding that is known on the host, or that takes the way of a device: kept, masked, skipped by the kernels."""
+    monkeypatch.setattr(numsru.nn, "_is_on_host", lambda a: request.param == "host")
+
+
+@pytest.mark.usefixtures("where_padding_is")
 @pytest.mark.parametrize("name", ["layers", "bidirectional", "post norm", "pre norm"])
 def test_nan_in_padding_reaches_neither_outputs_nor_gradients(name):
     rnn, x = make(name), torch.randn(7, 3, 6, dtype=F64)
@@ -400,6 +406,24 @@ def test_autocast_runs_the_recurrence_in_the_inputs_precision():
     torch.testing.assert_close(output, rnn(x)[0], rtol=0.05, atol=0.05)
 
 
+def test_autocast_accepts_what_other_layers_give_in_16_bits():
+    rnn, x = SRU(6, 6, 2), torch.randn(5, 2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, c_n = rnn(x.bfloat16(), torch.zeros(2, 2, 6, dtype=torch.bfloat16))
+    assert (output.dtype, c_n.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(output, rnn(x)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("padding", ["lengths", "packed"])
+def test_default_device_does_not_matter(padding):
+    rnn, x = make("layers"), torch.randn(7, 3, 6, dtype=F64)
+    expected, _ = rnn(x, lengths=[7, 4, 1])
+    packed = pack_padded_sequence(x, [7, 4, 1])
+    with torch.device("meta"):
+        received = rnn(packed)[0].data if padding == "packed" else rnn(x, lengths=[7, 4, 1])[0]
+    assert received.device == expected.device
+
+
 CONSTRUCTOR_ERRORS = {
     "hidden_size": ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
     "input_size": ({"input_size": 2.5}, TypeError, "input_size must be an int, got float"),
@@ -432,7 +456,12 @@ FORWARD_ERRORS = {
     "LSTM's state": ((X, (X, X)), {}, TypeError, "not LSTM's two"),
     "lengths": ((X,), {"lengths": [7, 8, 1]}, ValueError, "between 0 and L = 7"),
     "too many lengths": ((X,), {"lengths": [7, 1]}, ValueError, r"lengths must have shape \(3,\)"),
-    "mask_pad": ((X,), {"mask_pad": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, r"mask_pad .* \(7, 3\)"),
+    "mask_pad": ((X,), {"mask_pad": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, r"\(7, 3\), got \(3, 7\)"),
+    "mask_pad in a list": ((X,), {"mask_pad": [[True]]}, TypeError, "mask_pad must be a Tensor, got list"),
+    "lengths without a batch": ((X[0],), {"lengths": [3, 3]}, ValueError, r"shape \(1,\), got \(2,\)"),
+    "cu_seqlens in a list": ((X[0],), {"cu_seqlens": [0, 3]}, TypeError, "cu_seqlens must be a Tensor, got list"),
+    "empty cu_seqlens": ((X[0],), {"cu_seqlens": torch.tensor([])}, ValueError, r"shape \(B \+ 1,\), got \(0,\)"),
+    "cu_seqlens too short": ((X[0],), {"cu_seqlens": torch.tensor([0, 2])}, ValueError, "total_steps = 3"),
     "both": ((X,), {"lengths": [1, 1, 1], "mask_pad": torch.zeros(7, 3, dtype=torch.bool)}, ValueError, "at most one"),
     "packed lengths": ((pack_padded_sequence(X, [7, 7, 7]),), {"lengths": [7, 7, 7]}, ValueError, "brings its own"),
     "cu_seqlens of a batch": ((X,), {"cu_seqlens": torch.tensor([0, 7])}, ValueError, "input must have 2 dimensions"),
@@ -451,6 +480,21 @@ def test_forward_error_says_what_was_expected(name):
     args, kwargs, error, message = FORWARD_ERRORS[name]
     with pytest.raises(error, match=message):
         SRU(6, 4, num_layers=2)(*args, **kwargs)
+
+
+def test_wrong_mask_is_described_in_the_callers_layout():
+    with pytest.raises(ValueError, match=r"mask_pad must have shape \(3, 7\), got \(7, 3\)"):
+        SRU(6, 4, batch_first=True)(X.transpose(0, 1), mask_pad=torch.zeros(7, 3, dtype=torch.bool))
+
+
+def test_16_bit_parameters_are_refused_in_terms_of_the_module():
+    with pytest.raises(TypeError, match=r"SRU computes in float32 and float64, but its parameters are torch\.bfloat16"):
+        SRU(6, 4).bfloat16()(X.bfloat16())
+
+
+def test_bad_cu_seqlens_are_refused_with_input_dropout():
+    with pytest.raises(ValueError, match="from 0 to total_steps = 10"):
+        SRU(6, 4, rnn_dropout=0.5)(torch.randn(10, 6), cu_seqlens=torch.tensor([0, 4, 7]))
 
 
 @pytest.mark.parametrize(

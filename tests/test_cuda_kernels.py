@@ -1,0 +1,223 @@
+"""The CUDA kernels against the float64 reference: simulated, emulated, or on a device."""
+
+import pytest
+import torch
+from cases import TOLERANCE, Case, assert_agrees, assert_matches_reference, run_and_grads, to_float64
+from cuda_without_gpu import emulate, simulate, why_not
+
+from numsru import autograd, cuda_kernels, cuda_launch, reference, sru_recurrence
+from numsru.cuda_kernels import Tile
+from numsru.recurrence import Options
+
+SIMULATOR, EMULATOR, DEVICE = "simulator", "emulator", pytest.param("device", marks=pytest.mark.gpu)
+
+
+def _on_device(**inputs):
+    outputs = sru_recurrence(**{n: a.cuda() if isinstance(a, torch.Tensor) else a for n, a in inputs.items()})
+    return tuple(a.cpu() for a in outputs)
+
+
+@pytest.fixture
+def run(request, monkeypatch):
+    """`sru_recurrence` on CPU tensors, computed by the CUDA kernels."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    if request.param == "device":
+        return _on_device
+    monkeypatch.setattr(autograd, "_kernels", lambda device_type: cuda_kernels)
+    monkeypatch.setattr(cuda_launch, "launch", simulate if request.param == SIMULATOR else emulate)
+    return sru_recurrence
+
+
+def on(*where):
+    return pytest.mark.parametrize("run", where, indirect=True)
+
+
+def tiled(cases):
+    ids = ["x".join(map(str, tile)) + f"-{case}" for tile, case in cases]
+    return pytest.mark.parametrize(("tile", "case"), cases, ids=ids)
+
+
+@pytest.fixture
+def set_tile(monkeypatch):
+    return lambda tile: monkeypatch.setattr(cuda_kernels, "choose_tile", lambda options, L, columns: tile)
+
+
+# Options that occur in several tests, so that the emulator compiles them once.
+LENGTHS = (Tile(4, 2, 2), Case(L=9, D=2, padding="lengths", mask_c=True, scale_x=1.3))
+MASK = (Tile(3, 4, 3), Case(L=30, D=2, H=3, padding="mask", highway="projected", nonlinearity="selu"))
+PACKED = (Tile(4, 2, 2), Case(L=9, B=4, D=2, padding="packed", mask_c=True, highway="projected"))
+VERSION_2 = (
+    Tile(4, 1, 2),
+    Case(version=2, D=2, padding="lengths", mask_c=True, highway="projected", nonlinearity="tanh"),
+)
+
+SMALL = [
+    LENGTHS,
+    MASK,
+    PACKED,
+    VERSION_2,
+    (Tile(4, 1, 2), Case()),
+    (Tile(4, 1, 1), Case(L=3, highway="none", c_0=False)),
+    (Tile(4, 2, 2), Case(L=8, H=4, B=1, c_0=False)),
+    (Tile(4, 2, 2), Case(L=0, D=2)),
+    (Tile(4, 2, 2), Case(B=0)),
+    (Tile(4, 2, 2), Case(L=1, B=1, H=1)),
+    (Tile(4, 4, 1), Case(L=13, H=1, nonlinearity="relu", mask_c=True)),
+    (Tile(4, 2, 3), Case(L=13, D=2, padding="mask", scale_x=0.7, dtype=torch.float32)),
+    (Tile(4, 2, 2), Case(nonlinearity="identity", mask_c=True, placement="highway", scale_x=0.6, padding="mask")),
+    (Tile(4, 2, 2), Case(L=10, D=2, highway="none", nonlinearity="relu", mask_c=True, placement="highway")),
+    (Tile(4, 1, 2), Case(D=2, padding="lengths", highway="projected", mask_c=True, placement="highway")),
+    (Tile(7, 1, 2), Case(L=5, B=5, padding="packed", scale_x=1.3, dtype=torch.float32)),
+    (Tile(4, 2, 2), Case(L=0, padding="packed")),
+    (Tile(4, 2, 2), Case(L=0, padding="lengths")),
+    (Tile(4, 2, 2), Case(B=0, padding="packed")),
+    (Tile(4, 1, 2), Case(version=2, nonlinearity="identity")),
+    (Tile(4, 1, 2), Case(version=2, B=4, D=2, padding="packed", scale_x=1.2, c_0=False)),
+    (Tile(4, 1, 3), Case(version=2, D=2, padding="mask", highway="none", nonlinearity="relu", mask_c=True)),
+    (Tile(4, 1, 2), Case(version=2, mask_c=True, placement="highway", scale_x=1.2, c_0=False, nonlinearity="selu")),
+    (Tile(4, 1, 2), Case(version=2, L=0, D=2)),
+    (Tile(4, 1, 4), Case(version=2, L=1, B=1, H=1, dtype=torch.float32)),
+]
+
+
+@on(SIMULATOR, DEVICE)
+@tiled(SMALL)
+def test_small_tiles_match_the_float64_reference(run, set_tile, tile, case):
+    set_tile(tile)
+    assert_matches_reference(run, case)
+
+
+@on(EMULATOR)
+@tiled([LENGTHS, MASK, PACKED, VERSION_2])
+def test_odd_widths_match_the_float64_reference(run, set_tile, tile, case):
+    set_tile(tile)
+    assert_matches_reference(run, case)
+
+
+CHUNKED = [
+    (1, Case(L=1, B=1, H=1)),
+    (1, Case(L=0, D=2)),
+    (1, Case(B=0)),
+    (1, Case(L=20, H=45)),
+    (1, Case(L=17, D=2, H=33, padding="lengths", highway="projected", mask_c=True, dtype=torch.float32)),
+    (2, Case(L=9, H=1, highway="none", nonlinearity="relu", c_0=False)),
+    (2, Case(L=40, nonlinearity="identity", padding="mask", mask_c=True, placement="highway", scale_x=0.6)),
+    (4, Case(L=32, B=1, H=32, nonlinearity="selu", highway="projected", dtype=torch.float32)),
+    (4, Case(L=70, D=2, highway="none", nonlinearity="relu", padding="packed", mask_c=True, placement="highway")),
+    (8, Case(L=150, D=2, padding="mask", mask_c=True, scale_x=1.3)),
+    (8, Case(L=300, B=2, H=19, padding="lengths", dtype=torch.float32)),
+    (1, Case(version=2, L=20, H=45, nonlinearity="identity")),
+    (1, Case(version=2, L=0, D=2, nonlinearity="identity")),
+    (1, Case(version=2, L=11, D=2, padding="mask", highway="none", nonlinearity="relu", mask_c=True)),
+    (
+        1,
+        Case(
+            version=2, L=23, D=2, padding="packed", mask_c=True, placement="highway", scale_x=1.2, c_0=False,
+            nonlinearity="selu", dtype=torch.float32,
+        ),
+    ),
+]  # fmt: skip
+
+
+@on(EMULATOR, DEVICE)
+@pytest.mark.parametrize(("chunks", "case"), CHUNKED, ids=lambda value: str(value))
+def test_chosen_tiles_match_the_float64_reference(run, monkeypatch, chunks, case):
+    columns = case.B * case.D * case.H
+    monkeypatch.setattr(cuda_kernels, "_WANTED_THREADS", chunks * columns)  # as if so many columns filled a GPU
+    assert cuda_kernels.choose_tile(Options(version=case.version), case.L, columns).chunks == chunks
+    assert_matches_reference(run, case)
+
+
+def _padding_of(inputs, case):
+    if "mask_pad" in inputs:
+        return inputs["mask_pad"]
+    return torch.arange(case.L)[:, None] >= inputs["lengths"]
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@tiled([LENGTHS, MASK, VERSION_2])
+def test_padding_may_hold_anything(run, set_tile, tile, case, junk):
+    set_tile(tile)
+    inputs, grads = case.make_inputs()
+    expected = run_and_grads(reference.sru_recurrence, to_float64(inputs), to_float64(grads))
+    padding = _padding_of(inputs, case)
+    for a in (inputs["u"], inputs["x"], grads["grad_h"]):
+        if a is not None:
+            a.data[padding] = junk
+    assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled([LENGTHS])
+def test_results_repeat_their_bits(run, set_tile, tile, case):
+    set_tile(tile)
+    first, second = (run_and_grads(run, *case.make_inputs()) for _ in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled([LENGTHS, VERSION_2])
+def test_outputs_are_the_same_without_gradients(run, set_tile, tile, case):
+    set_tile(tile)
+    inputs, _ = case.make_inputs()
+    with_gradients = run(**inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(run(**inputs), with_gradients, rtol=0, atol=0)
+
+
+def _gradients_of_sums(function, inputs):
+    h, c_n = function(**inputs)
+    return torch.autograd.grad(h.sum() + c_n.sum(), [inputs["u"], inputs["x"], inputs["bias"], inputs["c_0"]])
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled([LENGTHS])
+def test_gradients_of_outputs_need_not_be_contiguous(run, set_tile, tile, case):
+    set_tile(tile)
+    inputs, _ = case.make_inputs()
+    expected = _gradients_of_sums(reference.sru_recurrence, inputs)
+    torch.testing.assert_close(_gradients_of_sums(run, inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled([LENGTHS])
+def test_unchecked_lengths_are_clamped(run, set_tile, monkeypatch, tile, case):
+    set_tile(tile)
+    inputs, grads = case.make_inputs()
+    inputs["lengths"] = torch.tensor([0, 5, case.L])
+    expected = run_and_grads(reference.sru_recurrence, inputs, grads)
+    monkeypatch.setattr(autograd, "check_padding", lambda lengths, *_: lengths)  # refuses these on a CPU
+    inputs["lengths"] = torch.tensor([-3, 5, case.L + 4])
+    assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize("bounds", [(-5, 0, 30), (9, 0, 9)], ids=["outside", "falling"])
+@tiled([(PACKED[0], PACKED[1]._replace(B=2))])
+def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case, bounds):
+    set_tile(tile)
+    inputs, grads = case.make_inputs()
+    inputs["cu_seqlens"] = torch.tensor([0, 0, case.L])
+    expected = run_and_grads(reference.sru_recurrence, inputs, grads)
+    monkeypatch.setattr(autograd, "_check_cu_seqlens", lambda cu_seqlens, *_: (cu_seqlens, case.L))
+    inputs["cu_seqlens"] = torch.tensor(bounds)
+    assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize(
+    ("version", "L", "columns", "tile"),
+    [
+        (1, 0, 100, Tile(128, 1, 8)),
+        (1, 8, 100, Tile(128, 1, 8)),
+        (1, 9, 100, Tile(32, 2, 8)),
+        (1, 32, 100, Tile(32, 4, 8)),
+        (1, 1000, 100, Tile(32, 8, 8)),
+        (1, 1000, 132 * 256, Tile(32, 2, 8)),
+        (1, 1000, 132 * 512, Tile(128, 1, 8)),
+        (2, 1000, 100, Tile(128, 1, 8)),
+    ],
+)
+def test_few_columns_get_many_chunks(version, L, columns, tile):
+    assert cuda_kernels.choose_tile(Options(version=version), L, columns) == tile

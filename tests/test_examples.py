@@ -1,0 +1,316 @@
+"""The classification example runs, small, with every encoder and data set; its errors say what to do."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import sentence_data  # noqa: E402
+import train_classifier  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from sentence_data import CORPORA, InputError  # noqa: E402
+
+ENCODERS = ["sru", "lstm", "gru", "cnn"]
+TWO_CLASSES = sentence_data.Corpus("MR", ("small.all",), 2, "nobody/nothing")
+SMALL = ["--epochs", "1", "--hidden", "8", "--embed", "8", "--limit", "64", "--device", "cpu"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write bytes to a file and return its path."""
+
+    def write_bytes(name: str, data: bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    return write_bytes
+
+
+@pytest.fixture
+def real_data():
+    """The folder of the real data sets."""
+    if "NUMSRU_DATA" not in os.environ:
+        pytest.skip("the environment variable NUMSRU_DATA does not name the folder of the data sets")
+    return Path(os.environ["NUMSRU_DATA"])
+
+
+def lines(classes: int, each: int) -> bytes:
+    """A data set in which the second word gives the class away, sorted by class as the real ones are."""
+    return b"".join(f"{n} the word{n} number {i}\n".encode() for n in range(classes) for i in range(each))
+
+
+def error_of(capsys, *argv) -> str:
+    """The one line that a run with these arguments leaves on stderr, along with exit status 2."""
+    assert train_classifier.main([str(argument) for argument in argv]) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("error: ")
+    assert written.err.count("\n") == 1
+    return written.err
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A gorgeous, witty film!", ["a", "gorgeous", ",", "witty", "film", "!"]),
+        ("It's what they've said: don't", ["it", "'s", "what", "they", "'ve", "said", "do", "n't"]),
+        ("it 's does n't", ["it", "'s", "does", "n't"]),
+        ("well-made -lrb- 1999 -rrb- ...", ["well", "made", "(", "1999", ")"]),
+        ("'quoted' rock 'n' roll", ["quoted", "rock", "n", "roll"]),
+        ("naïve\x85clichéd", ["naïve", "clichéd"]),
+        ("", []),
+        ("-- . ;", []),
+    ],
+)
+def test_tokenize(text, tokens):
+    assert sentence_data.tokenize(text) == tokens
+
+
+def test_latin_1_file_is_split_at_newlines_only(write):
+    path = write("small.all", b"1 clich\xe9d \x85 film\n0 bad\n")
+    split = sentence_data.read(path, TWO_CLASSES)
+    assert split.sentences == [["clichéd", "film"], ["bad"]]
+    assert split.labels == [1, 0]
+
+
+def test_utf_8_file_is_not_taken_for_latin_1(write):
+    path = write("small.all", "\ufeff1 clichéd\r\n0 bad\r\n\r\n".encode())
+    assert sentence_data.read(path, TWO_CLASSES).sentences == [["clichéd"], ["bad"]]
+
+
+def test_sentence_without_words_is_one_unknown_word(write):
+    split = sentence_data.read(write("small.all", b"1 --\n0\n1 word\n"), TWO_CLASSES)
+    assert split.sentences == [[], [], ["word"]]
+    vocabulary = sentence_data.build_vocabulary(split.sentences)
+    assert [sentence_data.encode(sentence, vocabulary) for sentence in split.sentences] == [[1], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"1 good\n2 bad\n", "line 2: the label is '2', expected 0 to 1"),
+        (b"-1 bad\n", "line 1: the label is '-1', expected 0 to 1"),
+        (b"a sentence without label\n", "line 1: the label is 'a', expected 0 to 1"),
+        ("1 good\n".encode("utf-16"), "is not utf-8 or latin-1 text"),
+    ],
+)
+def test_bad_file_is_refused(write, data, message):
+    with pytest.raises(InputError, match=message):
+        sentence_data.read(write("small.all", data), TWO_CLASSES)
+
+
+def test_sst_in_latin_1_is_refused(write):
+    with pytest.raises(InputError, match="is not utf-8 text: convert it"):
+        sentence_data.read(write("stsa.fine.train", b"1 clich\xe9d\n"), CORPORA["sst1"])
+
+
+def test_folds_partition_the_data():
+    labels = [0] * 150 + [1] * 50
+    tested = []
+    for fold in range(10):
+        train, dev, test = sentence_data.fold_indices(labels, 2, fold)
+        assert sorted([*train, *dev, *test]) == list(range(200))
+        assert sum(labels[i] for i in test) == 5
+        tested += list(test)
+    assert sorted(tested) == list(range(200))
+
+
+def test_vocabulary_is_numbered_by_frequency():
+    vocabulary = sentence_data.build_vocabulary([["b", "a"], ["a", "c"]])
+    assert vocabulary == {"<pad>": 0, "<unk>": 1, "a": 2, "b": 3, "c": 4}
+
+
+def test_vocabulary_is_of_the_training_split_only(write, tmp_path):
+    write("TREC/TREC.train.all", lines(6, 12))
+    write("TREC/TREC.test.all", b"0 unheard\n")
+    args = train_classifier.parse_arguments(["--dataset", "trec", "--data-dir", str(tmp_path)])
+    task = train_classifier.load_sentences(args)
+    assert "unheard" not in task.vocabulary
+    assert task.test.sequences[0].tolist() == [sentence_data.UNKNOWN]
+
+
+def test_hub_parts_are_joined_for_cross_validation(monkeypatch):
+    def part(texts: list[str], labels: list[int]) -> SimpleNamespace:
+        columns = {"sentence": texts, "label": labels}
+        return type("Part", (dict,), {"column_names": list(columns)})(columns)
+
+    datasets = ModuleType("datasets")
+    datasets.load_dataset = lambda name: {"train": part(["Good!"], [1]), "test": part(["Bad"], [0])}
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    assert sentence_data.fetch("mpqa") == [sentence_data.Split([["good", "!"], ["bad"]], [1, 0])]
+    with pytest.raises(InputError, match="has 2 splits, expected 3"):
+        sentence_data.fetch("sst2")
+
+
+def test_missing_datasets_library_names_both_ways_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delenv("NUMSRU_DATA", raising=False)
+    message = error_of(capsys, "--dataset", "mr")
+    assert "--data-dir" in message
+    assert "pip install datasets" in message
+
+
+def test_missing_network_names_both_ways_out(monkeypatch, capsys):
+    def load_dataset(name: str) -> None:
+        raise ConnectionError("cannot reach the hub\nat all")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.delenv("NUMSRU_DATA", raising=False)
+    message = error_of(capsys, "--dataset", "mr")
+    assert "cannot reach the hub" in message
+    assert "--data-dir" in message
+
+
+def test_missing_folder_is_one_line(capsys, tmp_path):
+    assert "there is no folder" in error_of(capsys, "--dataset", "mr", "--data-dir", tmp_path / "nowhere")
+
+
+def test_missing_file_is_one_line(capsys, tmp_path):
+    assert "rt-polarity.all" in error_of(capsys, "--dataset", "mr", "--data-dir", tmp_path)
+
+
+def test_too_few_examples_of_a_class_is_one_line(capsys, write, tmp_path):
+    write("MR/rt-polarity.all", lines(1, 30))
+    assert "class 1 has 0 examples" in error_of(capsys, "--dataset", "mr", "--data-dir", tmp_path)
+
+
+def test_fold_of_a_set_with_a_test_split_is_one_line(capsys, tmp_path):
+    assert "leave --fold out" in error_of(capsys, "--dataset", "trec", "--data-dir", tmp_path, "--fold", "3")
+
+
+@pytest.mark.parametrize("device", ["toaster", "meta", "cuda:99"])
+def test_unusable_device_is_one_line(capsys, device):
+    assert "try --device cpu" in error_of(capsys, "--device", device, "--encoder", "gru")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda_is_one_line(capsys):
+    assert "--device cuda does not work" in error_of(capsys, "--device", "cuda", "--encoder", "gru")
+
+
+def test_missing_package_is_one_line():
+    blocked = "import sys; sys.modules['tqdm'] = None; import train_classifier"
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=EXAMPLES)
+    assert done.returncode == 2
+    assert done.stderr == "error: no module tqdm: run `pip install 'numsru[examples]'`\n"
+
+
+def test_out_that_is_a_file_is_one_line(capsys, write):
+    assert train_classifier.main([*SMALL, "--encoder", "gru", "--out", str(write("taken", b""))]) == 2
+    assert re.fullmatch(r"error: .*taken.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_digits_run_writes_its_files(capsys, tmp_path, encoder):
+    assert train_classifier.main([*SMALL, "--encoder", encoder, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    last = re.fullmatch(r"test accuracy: (\d\.\d{4})", printed.out.splitlines()[-1])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert last[1] == f"{metrics['test_accuracy']:.4f}"
+    assert metrics["arguments"]["encoder"] == encoder
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert metrics["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert set(metrics["epochs"][0]) == {"epoch", "train_loss", "train_accuracy", "dev_accuracy", "seconds"}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png", "metrics.json", "vocabulary.json", "weights.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_sentences_are_learned(write, tmp_path, encoder):
+    write("MR/rt-polarity.all", lines(2, 100))
+    argv = ["--dataset", "mr", "--data-dir", str(tmp_path), "--epochs", "4", "--hidden", "16", "--embed", "16"]
+    argv += ["--lr", "0.01", "--batch-size", "8", "--dropout", "0.1", "--device", "cpu"]
+    assert train_classifier.main([*argv, "--encoder", encoder, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_padding_changes_nothing(encoder):
+    args = train_classifier.parse_arguments(["--encoder", encoder, "--hidden", "8", "--embed", "8"])
+    embedding = torch.nn.Embedding(5, 8, padding_idx=0)
+    examples = train_classifier.Examples([], torch.tensor([]))
+    task = train_classifier.Task(examples, examples, examples, 2, embedding, [])
+    model = train_classifier.build_model(task, args).eval()
+    short, long = torch.tensor([1, 2]), torch.tensor([3, 4, 1, 2, 2, 2, 2])
+    padded = torch.nn.utils.rnn.pad_sequence([short, long])
+    both = model(padded, torch.tensor([2, 7]))
+    alone = model(short[:, None], torch.tensor([2]))
+    torch.testing.assert_close(both[:1], alone)
+
+
+def test_same_seed_gives_the_same_numbers(capsys, tmp_path):
+    outputs = []
+    for seed in ("0", "0", "1"):
+        train_classifier.main([*SMALL, "--encoder", "gru", "--seed", seed, "--out", str(tmp_path)])
+        outputs.append(re.sub(r"[\d.]+ s\n", "", capsys.readouterr().out))
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_early_stopping_keeps_the_best_weights(capsys, monkeypatch, tmp_path):
+    accuracies = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr(train_classifier.Run, "accuracy", lambda run, examples: next(accuracies))
+    argv = [*SMALL, "--encoder", "gru", "--epochs", "9", "--patience", "2", "--out", str(tmp_path)]
+    assert train_classifier.main(argv) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["best_epoch"], metrics["best_dev_accuracy"], len(metrics["epochs"])) == (1, 0.5, 3)
+    assert metrics["test_accuracy"] == 0.9
+
+
+def test_infinite_loss_is_one_line(capsys, tmp_path):
+    assert train_classifier.main([*SMALL, "--encoder", "gru", "--lr", "inf", "--out", str(tmp_path)]) == 2
+    assert "try a smaller --lr" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to a single process")
+def test_ctrl_c_leaves_the_best_weights(tmp_path):
+    argv = [*SMALL, "--epochs", "100000", "--patience", "100000", "--encoder", "gru", "--out", str(tmp_path)]
+    command = [sys.executable, str(EXAMPLES / "train_classifier.py"), *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("epoch  2"):
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == ""
+    assert re.fullmatch(r"interrupted: the best weights, of epoch \d+, are in .*", out.splitlines()[-1])
+    assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] is None
+    assert load_file(tmp_path / "weights.safetensors")
+    assert (tmp_path / "curves.png").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_real_data_has_the_published_size(real_data, name):
+    sizes = {"mr": [10662], "cr": [3775], "subj": [10000], "mpqa": [10606], "trec": [5452, 500],
+             "sst1": [8544, 1101, 2210], "sst2": [6920, 872, 1821]}  # fmt: skip
+    parts = [sentence_data.read(file, CORPORA[name]) for file in sentence_data.find(CORPORA[name], real_data)]
+    assert [len(part.labels) for part in parts] == sizes[name]
+    assert sum(not sentence for part in parts for sentence in part.sentences) == {"cr": 5, "mpqa": 3}.get(name, 0)
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_real_data_trains(real_data, tmp_path, name):
+    argv = [*SMALL, "--dataset", name, "--data-dir", str(real_data), "--out", str(tmp_path)]
+    assert train_classifier.main(argv) == 0
