@@ -44,15 +44,11 @@ RICH_2 = Options(2, TANH, padding=PACKED, has_c_0=True, has_mask_c=True, save_c=
 
 COMPILED = [
     (PLAIN, ONE_CHUNK, float32),
-    (PLAIN, ONE_CHUNK, float64),
     (PLAIN, EIGHT_CHUNKS, float32),
-    (PLAIN, EIGHT_CHUNKS, float64),
     (RICH, EIGHT_CHUNKS, float32),
     (RICH, EIGHT_CHUNKS, float64),
     (BARE, EIGHT_CHUNKS, float32),
     (PLAIN_2, ONE_CHUNK, float32),
-    (PLAIN_2, ONE_CHUNK, float64),
-    (RICH_2, ONE_CHUNK, float32),
     (RICH_2, ONE_CHUNK, float64),
 ]
 NAMES = {PLAIN: "plain", RICH: "rich", BARE: "bare", PLAIN_2: "plain", RICH_2: "rich"}

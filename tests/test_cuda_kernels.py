@@ -194,15 +194,19 @@ def test_unchecked_lengths_are_clamped(run, set_tile, monkeypatch, tile, case):
 
 
 @on(SIMULATOR, EMULATOR, DEVICE)
-@pytest.mark.parametrize("bounds", [(-5, 0, 30), (9, 0, 9)], ids=["outside", "falling"])
+@pytest.mark.parametrize(
+    ("given", "clamped"),
+    [((-5, 0, 30), (0, 0, 9)), ((9, 0, 9), (0, 0, 9)), ((0, 20, 9), (0, 9, 9))],
+    ids=["outside", "falling", "rising_too_far"],
+)
 @tiled([(PACKED[0], PACKED[1]._replace(B=2))])
-def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case, bounds):
+def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case, given, clamped):
     set_tile(tile)
     inputs, grads = case.make_inputs()
-    inputs["cu_seqlens"] = torch.tensor([0, 0, case.L])
+    inputs["cu_seqlens"] = torch.tensor(clamped)
     expected = run_and_grads(reference.sru_recurrence, inputs, grads)
-    monkeypatch.setattr(autograd, "_check_cu_seqlens", lambda cu_seqlens, *_: (cu_seqlens, case.L))
-    inputs["cu_seqlens"] = torch.tensor(bounds)
+    monkeypatch.setattr(autograd, "check_cu_seqlens", lambda cu_seqlens, *_: (cu_seqlens, case.L))
+    inputs["cu_seqlens"] = torch.tensor(given)
     assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
 
 

@@ -211,7 +211,8 @@ def test_missing_package_is_one_line():
     blocked = "import sys; sys.modules['tqdm'] = None; import train_classifier"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=EXAMPLES)
     assert done.returncode == 2
-    assert done.stderr == "error: no module tqdm: run `pip install 'numsru[examples]'`\n"
+    todo = "run `pip install -e '.[examples]'` in the folder above examples"
+    assert done.stderr == f"error: no module tqdm: {todo}\n"
 
 
 def test_out_that_is_a_file_is_one_line(capsys, write):
