@@ -268,10 +268,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device)
         if cu_seqlens.device != device:
             raise ValueError(f"cu_seqlens must be on {device} as u is, or on the CPU, got {cu_seqlens.device}")
         return cu_seqlens.long(), total_steps  # a bound
-    lengths = cu_seqlens.diff().tolist()
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total_steps or min(lengths, default=0) < 0:
+    cu_seqlens = cu_seqlens.to(torch.int64, copy=True)  # differences of narrower integers could wrap
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total_steps or (lengths < 0).any():
         raise ValueError(f"cu_seqlens must rise from 0 to total_steps = {total_steps}, got {cu_seqlens.tolist()}")
-    return cu_seqlens.to(device, torch.int64, copy=True), max(lengths, default=0)
+    return cu_seqlens.to(device), int(lengths.max()) if len(lengths) else 0
 
 
 def _check_choice(name: str, value: str, choices: dict[str, int]) -> None:

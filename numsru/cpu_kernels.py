@@ -108,45 +108,52 @@ def _forward_kernel(options: Options, real: Any) -> Any:
                 c_next = c + ((_slot(valid, padding, 0, b, B, save_c) * D + d) * H + first_unit) * size
                 for j in range(units):
                     store(c_next, j, load(c_0 + at * size, j, real, READ) if c_0 else real(0), C)
-            for s in range(L):
-                for row in range(first_row, end_row):
-                    b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
-                    if s >= steps:
-                        if padding == LENGTHS:
-                            h_row = h + ((s * B + b) * D * H + d * H + first_unit) * size
+            # Sequences end to end go through time one after the other, the rows of a batch together.
+            together = 1 if padding == PACKED else end_row - first_row
+            for first in range(first_row, end_row, together):
+                longest = _count_steps(valid, padding, first // D, L) if padding == PACKED else L
+                for s in range(longest):
+                    for row in range(first, first + together):
+                        b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
+                        if s >= steps:
+                            if padding == LENGTHS:
+                                h_row = h + ((s * B + b) * D * H + d * H + first_unit) * size
+                                for j in range(units):
+                                    store(h_row, j, real(0), H_OUT)
+                            continue
+                        t = steps - 1 - s if d == 1 else s
+                        position = _position(valid, padding, t, b, B)
+                        at = (position * D + d) * H + first_unit
+                        h_row = h + at * size
+                        c_prev = c + ((_slot(valid, padding, s, b, B, save_c) * D + d) * H + first_unit) * size
+                        c_next = c + ((_slot(valid, padding, s + 1, b, B, save_c) * D + d) * H + first_unit) * size
+                        if padding == MASK and load(valid, position, np.uint8, READ) != 0:
                             for j in range(units):
+                                store(c_next, j, load(c_prev, j, real, C), C)
                                 store(h_row, j, real(0), H_OUT)
-                        continue
-                    t = steps - 1 - s if d == 1 else s
-                    position = _position(valid, padding, t, b, B)
-                    at = (position * D + d) * H + first_unit
-                    h_row = h + at * size
-                    c_prev = c + ((_slot(valid, padding, s, b, B, save_c) * D + d) * H + first_unit) * size
-                    c_next = c + ((_slot(valid, padding, s + 1, b, B, save_c) * D + d) * H + first_unit) * size
-                    if padding == MASK and load(valid, position, np.uint8, READ) != 0:
+                            continue
+                        u_row = u + ((position * D + d) * parts * H + first_unit) * size
+                        x_row, mask_row = x + at * size, mask_c + (row * H + first_unit) * size
+                        gate_row = (d * 2 * H + first_unit) * size
                         for j in range(units):
-                            store(c_next, j, load(c_prev, j, real, C), C)
-                            store(h_row, j, real(0), H_OUT)
-                        continue
-                    u_row = u + ((position * D + d) * parts * H + first_unit) * size
-                    x_row, mask_row = x + at * size, mask_c + (row * H + first_unit) * size
-                    gate_row = (d * 2 * H + first_unit) * size
-                    for j in range(units):
-                        c_j = load(c_prev, j, real, C)
-                        weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
-                        weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
-                        mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
-                        skip = real(0)
-                        if skip_kind == SKIP_INPUT:
-                            skip = scale_x * load(x_row, j, real, READ)
-                        elif skip_kind == SKIP_PROJECTED:
-                            skip = load(u_row, 3 * H + j, real, READ)
-                        bias_f, bias_r = load(bias + gate_row, j, real, READ), load(bias + gate_row, H + j, real, READ)
-                        f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
-                        r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
-                        c_j = next_state(f, load(u_row, j, real, READ), c_j)
-                        store(c_next, j, c_j, C)
-                        store(h_row, j, output(c_j, r, skip, mask, nonlinearity, placement), H_OUT)
+                            c_j = load(c_prev, j, real, C)
+                            weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
+                            weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
+                            mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
+                            skip = real(0)
+                            if skip_kind == SKIP_INPUT:
+                                skip = scale_x * load(x_row, j, real, READ)
+                            elif skip_kind == SKIP_PROJECTED:
+                                skip = load(u_row, 3 * H + j, real, READ)
+                            bias_f, bias_r = (
+                                load(bias + gate_row, j, real, READ),
+                                load(bias + gate_row, H + j, real, READ),
+                            )
+                            f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
+                            r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
+                            c_j = next_state(f, load(u_row, j, real, READ), c_j)
+                            store(c_next, j, c_j, C)
+                            store(h_row, j, output(c_j, r, skip, mask, nonlinearity, placement), H_OUT)
             for row in range(first_row, end_row):
                 b, d, at = row // D, row % D, row * H + first_unit
                 last = _slot(valid, padding, _count_steps(valid, padding, b, L), b, B, save_c)
@@ -175,64 +182,71 @@ def _backward_kernel(options: Options, real: Any) -> Any:
             first_row, end_row, first_unit, units = _next_task(args)
             if first_row == end_row:
                 return
-            for s in range(L - 1, -1, -1):
-                for row in range(first_row, end_row):
-                    b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
-                    t = steps - 1 - s if d == 1 and s < steps else s
-                    position = _position(valid, padding, t, b, B)
-                    at = (position * D + d) * H + first_unit
-                    in_u = ((position * D + d) * parts * H + first_unit) * size
-                    u_row, grad_u_row = u + in_u, grad_u + in_u
-                    x_row, grad_x_row, grad_h_row = x + at * size, grad_x + at * size, grad_h + at * size
-                    if s >= steps and padding == PACKED:
-                        continue
-                    if s >= steps or (padding == MASK and load(valid, position, np.uint8, READ) != 0):
-                        for k in range(parts):
-                            for j in range(units):
-                                store(grad_u_row, k * H + j, real(0), GRAD_CANDIDATE)
-                        if skip_kind == SKIP_INPUT:
-                            for j in range(units):
-                                store(grad_x_row, j, real(0), GRAD_SKIP)
-                        continue
-                    c_prev = c + ((_slot(valid, padding, s, b, B, True) * D + d) * H + first_unit) * size
-                    c_next = c + ((_slot(valid, padding, s + 1, b, B, True) * D + d) * H + first_unit) * size
-                    state = (row * H + first_unit) * size
-                    grad_c_row, mask_row = grad_c + state, mask_c + state
-                    gate_row = (d * 2 * H + first_unit) * size
-                    sum_row = (row * 2 * H + first_unit) * size
-                    for j in range(units):
-                        c_j = load(c_prev, j, real, READ)
-                        weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
-                        weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
-                        mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
-                        skip = real(0)
-                        if skip_kind == SKIP_INPUT:
-                            skip = scale_x * load(x_row, j, real, READ)
-                        elif skip_kind == SKIP_PROJECTED:
-                            skip = load(u_row, 3 * H + j, real, READ)
-                        bias_f, bias_r = load(bias + gate_row, j, real, READ), load(bias + gate_row, H + j, real, READ)
-                        f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
-                        r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
-                        grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev = backward_step(
-                            load(grad_h_row, j, real, READ), load(grad_c_row, j, real, GRAD_C),
-                            load(c_next, j, real, READ), c_j, f, r, load(u_row, j, real, READ), skip, mask,
-                            weight_f, weight_r, version, nonlinearity, placement,
-                        )  # fmt: skip
-                        store(grad_c_row, j, grad_c_prev, GRAD_C)
-                        store(grad_u_row, j, grad_candidate, GRAD_CANDIDATE)
-                        store(grad_u_row, H + j, grad_forget, GRAD_FORGET)
-                        store(grad_u_row, 2 * H + j, grad_reset, GRAD_RESET)
-                        if skip_kind == SKIP_INPUT:
-                            store(grad_x_row, j, scale_x * grad_skip, GRAD_SKIP)
-                        elif skip_kind == SKIP_PROJECTED:
-                            store(grad_u_row, 3 * H + j, grad_skip, GRAD_SKIP)
-                        sum_f, sum_r = sum_bias + sum_row, sum_bias + sum_row + H * size
-                        store(sum_f, j, load(sum_f, j, real, BIAS_F) + grad_forget, BIAS_F)
-                        store(sum_r, j, load(sum_r, j, real, BIAS_R) + grad_reset, BIAS_R)
-                        if version == 2:
-                            sum_f, sum_r = sum_weight_c + sum_row, sum_weight_c + sum_row + H * size
-                            store(sum_f, j, load(sum_f, j, real, WEIGHT_F) + grad_forget * c_j, WEIGHT_F)
-                            store(sum_r, j, load(sum_r, j, real, WEIGHT_R) + grad_reset * c_j, WEIGHT_R)
+            # Sequences end to end go through time one after the other, the rows of a batch together.
+            together = 1 if padding == PACKED else end_row - first_row
+            for first in range(first_row, end_row, together):
+                longest = _count_steps(valid, padding, first // D, L) if padding == PACKED else L
+                for s in range(longest - 1, -1, -1):
+                    for row in range(first, first + together):
+                        b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
+                        t = steps - 1 - s if d == 1 and s < steps else s
+                        position = _position(valid, padding, t, b, B)
+                        at = (position * D + d) * H + first_unit
+                        in_u = ((position * D + d) * parts * H + first_unit) * size
+                        u_row, grad_u_row = u + in_u, grad_u + in_u
+                        x_row, grad_x_row, grad_h_row = x + at * size, grad_x + at * size, grad_h + at * size
+                        if s >= steps and padding == PACKED:
+                            continue
+                        if s >= steps or (padding == MASK and load(valid, position, np.uint8, READ) != 0):
+                            for k in range(parts):
+                                for j in range(units):
+                                    store(grad_u_row, k * H + j, real(0), GRAD_CANDIDATE)
+                            if skip_kind == SKIP_INPUT:
+                                for j in range(units):
+                                    store(grad_x_row, j, real(0), GRAD_SKIP)
+                            continue
+                        c_prev = c + ((_slot(valid, padding, s, b, B, True) * D + d) * H + first_unit) * size
+                        c_next = c + ((_slot(valid, padding, s + 1, b, B, True) * D + d) * H + first_unit) * size
+                        state = (row * H + first_unit) * size
+                        grad_c_row, mask_row = grad_c + state, mask_c + state
+                        gate_row = (d * 2 * H + first_unit) * size
+                        sum_row = (row * 2 * H + first_unit) * size
+                        for j in range(units):
+                            c_j = load(c_prev, j, real, READ)
+                            weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
+                            weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
+                            mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
+                            skip = real(0)
+                            if skip_kind == SKIP_INPUT:
+                                skip = scale_x * load(x_row, j, real, READ)
+                            elif skip_kind == SKIP_PROJECTED:
+                                skip = load(u_row, 3 * H + j, real, READ)
+                            bias_f, bias_r = (
+                                load(bias + gate_row, j, real, READ),
+                                load(bias + gate_row, H + j, real, READ),
+                            )
+                            f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
+                            r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
+                            grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev = backward_step(
+                                load(grad_h_row, j, real, READ), load(grad_c_row, j, real, GRAD_C),
+                                load(c_next, j, real, READ), c_j, f, r, load(u_row, j, real, READ), skip, mask,
+                                weight_f, weight_r, version, nonlinearity, placement,
+                            )  # fmt: skip
+                            store(grad_c_row, j, grad_c_prev, GRAD_C)
+                            store(grad_u_row, j, grad_candidate, GRAD_CANDIDATE)
+                            store(grad_u_row, H + j, grad_forget, GRAD_FORGET)
+                            store(grad_u_row, 2 * H + j, grad_reset, GRAD_RESET)
+                            if skip_kind == SKIP_INPUT:
+                                store(grad_x_row, j, scale_x * grad_skip, GRAD_SKIP)
+                            elif skip_kind == SKIP_PROJECTED:
+                                store(grad_u_row, 3 * H + j, grad_skip, GRAD_SKIP)
+                            sum_f, sum_r = sum_bias + sum_row, sum_bias + sum_row + H * size
+                            store(sum_f, j, load(sum_f, j, real, BIAS_F) + grad_forget, BIAS_F)
+                            store(sum_r, j, load(sum_r, j, real, BIAS_R) + grad_reset, BIAS_R)
+                            if version == 2:
+                                sum_f, sum_r = sum_weight_c + sum_row, sum_weight_c + sum_row + H * size
+                                store(sum_f, j, load(sum_f, j, real, WEIGHT_F) + grad_forget * c_j, WEIGHT_F)
+                                store(sum_r, j, load(sum_r, j, real, WEIGHT_R) + grad_reset * c_j, WEIGHT_R)
 
     return backward
 
@@ -256,8 +270,9 @@ _start_team = _find_parallel()
 _ELEMENTS_PER_THREAD = 1 << 14  # below this a thread costs more than it saves
 
 
-def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, *arrays: Tensor | None) -> None:
-    n_threads = max(1, min(torch.get_num_threads(), L * rows * H // _ELEMENTS_PER_THREAD))
+def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, u: Tensor, *others: Tensor | None) -> None:
+    arrays = u, *others
+    n_threads = max(1, min(torch.get_num_threads(), u.numel() // (3 * _ELEMENTS_PER_THREAD)))
     row_blocks = min(rows, n_threads)
     rows_per_task = -(-rows // row_blocks)
     # Where there are too few rows, their units are shared out, a whole number of cache lines to each thread.

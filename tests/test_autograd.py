@@ -247,6 +247,9 @@ ERRORS = {
     "cu_seqlens not from 0": (FLAT | {"cu_seqlens": torch.tensor([1, 7])}, ValueError, "must rise from 0"),
     "cu_seqlens falling": (FLAT | {"cu_seqlens": torch.tensor([0, 5, 3, 7])}, ValueError, "must rise from 0"),
     "fractional cu_seqlens": (FLAT | {"cu_seqlens": torch.tensor([0.0, 7])}, TypeError, "must be integers"),
+    "cu_seqlens that wrap": (
+        FLAT | {"cu_seqlens": torch.tensor([0, 200, 7], dtype=torch.uint8)}, ValueError, "must rise from 0",
+    ),
     "cu_seqlens with a batch": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, r"\(total_steps, D, K, H\)"),
     "cu_seqlens with lengths": (
         FLAT | {"cu_seqlens": torch.tensor([0, 7]), "lengths": torch.tensor([7])}, ValueError, "leaves no padding",
