@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -136,12 +137,11 @@ class SRUCell(nn.Module):
         return self._custom is None
 
     def reset_parameters(self) -> None:
-        """Draw new parameters as `sru` 2.6.0 does. A `custom_m` is left as it is."""
+        """Draw new parameters as `sru` 2.6.0 does. A `custom_m` without a method of this name is left as it is."""
         scale = math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale and self.has_skip_term else 1.0
         c_bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
         with torch.no_grad():
             self.scale_x.fill_(scale)
-            self._read_scale()
             if self.v1:
                 c_bound = 0.0
             self.weight_c.uniform_(-c_bound, c_bound)
@@ -150,6 +150,8 @@ class SRUCell(nn.Module):
             if self.layer_norm is not None:
                 self.layer_norm.reset_parameters()
             if self._custom is not None:
+                if hasattr(self._custom, "reset_parameters"):
+                    self._custom.reset_parameters()  # type: ignore[operator]
                 return
             for name in ("weight_proj", "weight"):
                 if hasattr(self, name):
@@ -166,10 +168,6 @@ class SRUCell(nn.Module):
         """Set the bias of the reset gate, as in `sru` 1.x."""
         with torch.no_grad():
             self.bias[self.output_size :] = bias_val
-
-    def _read_scale(self) -> None:
-        """Keep scale_x as a number too: the recurrence takes one, and reading it from a GPU would stall every call."""
-        self._scale = 1.0 if self.scale_x.is_meta else self.scale_x.item()
 
     def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._layer(input, c0, mask_pad, {})
@@ -216,7 +214,7 @@ class SRUCell(nn.Module):
         D, K, H = self.num_directions, self.num_matrices, self.hidden_size
         parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         for name, part, size in zip(("U", "V"), parts, (D * H * K, D * H * 2), strict=False):
-            if part.numel() != L * B * size:
+            if part.numel() != L * B * size or (part.dim() > 1 and part.shape[:2] != (L, B) and len(part) != L * B):
                 raise ValueError(
                     f"custom_m must return {name} of shape {(L, B, size)} for input of shape {tuple(v.shape)}, "
                     f"got {tuple(part.shape)}"
@@ -232,19 +230,26 @@ class SRUCell(nn.Module):
         dtype = torch.float64 if self.bias.dtype == torch.float64 else torch.float32
         D, H = self.num_directions, self.hidden_size
         bias, weight_c = (a.to(dtype).view(2, D, H).transpose(0, 1) for a in (self.bias, self.weight_c))
+        highway = self.has_skip_term and self.num_matrices == 3
+        scale_x = 1.0
+        if highway and self.rescale:
+            if self.scale_x.device.type == "cpu":
+                scale_x = self.scale_x.item()
+            else:  # reading the number from a GPU would stall it
+                x = x * self.scale_x
         mask_c = None
         if self.training and self.dropout > 0:
             mask_c = F.dropout(x.new_ones(x.shape[1], D * H, dtype=dtype), self.dropout)
         tensors = (
             u.to(dtype),
-            x.to(dtype) if self.has_skip_term and self.num_matrices == 3 else None,
+            x.to(dtype) if highway else None,
             bias,
             None if c0 is None else c0.to(dtype),
         )
         options: dict[str, Any] = {
             "mask_c": mask_c,
             "mask_pad": padded,
-            "scale_x": self._scale if self.rescale else 1.0,
+            "scale_x": scale_x,
             "nonlinearity": self.nonlinearity,
         }
         if step_weights is None:
@@ -260,18 +265,18 @@ class SRUCell(nn.Module):
             for theirs, ours in (("1.weight", "weight"), ("0.weight", "weight_proj"), ("weight", "weight")):
                 value = state_dict.pop(f"{prefix}transform_module.{theirs}", None)
                 if value is not None:
-                    state_dict[prefix + ours] = value.t()
+                    state_dict[prefix + ours] = value.t().contiguous()
         else:
             other = {"custom_m": "transform_module", "transform_module": "custom_m"}[self._custom_name]
             for key in [key for key in state_dict if key.startswith(f"{prefix}{other}.")]:
                 state_dict[f"{prefix}{self._custom_name}{key[len(prefix) + len(other) :]}"] = state_dict.pop(key)
-        if prefix + "bias" in state_dict and not {prefix + "weight_c", prefix + "scale_x"} & state_dict.keys():
+        names = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        if names == {"weight", "bias"} and self._custom is None:  # all that a file of 1.x holds
             state_dict[prefix + "weight_c"] = torch.zeros_like(self.weight_c)
             state_dict[prefix + "scale_x"] = torch.ones_like(self.scale_x)
         if self.v1 and prefix + "weight_c" in state_dict and state_dict[prefix + "weight_c"].any():
             args[-1].append(f"{prefix}weight_c is not 0, as it must be with v1=True: this file needs v1=False.")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._read_scale()
 
     def extra_repr(self) -> str:
         return repr_of(
@@ -312,7 +317,7 @@ def _recurrence_with_step_weights(
 
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

@@ -71,8 +71,7 @@ def convert_state_dict(
             biases in version 1 does not.
         hidden_size: H, needed only for a file of `numsru` without biases in version 1, which does not tell.
         rescale, highway_bias: The options of the `numsru.SRU`, which keeps no `scale_x` but computes it from them.
-            Going to "numsru" and with `rescale` given, a `scale_x` that they do not yield is refused; without, one
-            that no `highway_bias` yields.
+            Going to "numsru", a `scale_x` that they do not yield is refused.
 
     Returns:
         A new dict for `load_state_dict(strict=True)`.
@@ -101,6 +100,11 @@ def convert_state_dict(
         layers, other = _read_sru(state_dict, D)
         if to == "numsru":
             _check_scale(layers, None if rescale is None else scale)
+            if rescale is None and any(_parts(layer) == 3 and layer["scale_x"].item() != 1 for layer in layers):
+                raise ValueError(
+                    "the file holds a scale_x other than 1, which numsru.SRU computes from its options: "
+                    "pass rescale=True and the model's highway_bias"
+                )
     if other and to in ("numsru", "sru-1"):
         raise ValueError(
             f"{'numsru.SRU' if to == 'numsru' else 'the package of 2017'} has no input projection for "
@@ -231,7 +235,8 @@ def _check_scale(layers: list[_Layer], expected: float | None) -> None:
         if _parts(layer) == 4:
             continue
         scale = layer["scale_x"].item()
-        if expected is not None and not math.isclose(scale, expected, rel_tol=1e-6):
+        tolerance = max(1e-6, 2 * torch.finfo(layer["scale_x"].dtype).eps)
+        if expected is not None and not math.isclose(scale, expected, rel_tol=tolerance):
             raise ValueError(f"rnn_lst.{i}.scale_x is {scale:.7g}, but rescale and highway_bias yield {expected:.7g}")
         if not scale >= 1:
             raise ValueError(

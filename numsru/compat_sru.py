@@ -198,15 +198,11 @@ class SRU(Stack):
 
 
 def _for_each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
-    """`value` as a list of one for each layer; of a single module, copies with parameters of their own."""
+    """`value` as a list of one for each layer; of a single module, copies, which the cells give new parameters."""
     if isinstance(value, (list, tuple, nn.ModuleList)):
         if len(value) != num_layers:
             raise ValueError(f"{name} must have one item for each of the {num_layers} layers, got {len(value)}")
         return list(value)
     if not isinstance(value, nn.Module):
         return [value] * num_layers
-    copies = [copy.deepcopy(value) for _ in range(num_layers)]
-    for module in (module for c in copies for module in c.modules()):
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
-    return copies
+    return [copy.deepcopy(value) for _ in range(num_layers)]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .compat_cell import SRUCell, as_bool, check_sizes
-from .compat_convert import gate_major
 from .compat_sru import Stack
 
 
@@ -46,10 +45,6 @@ class SRUppProjectedLinear(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    @property
-    def last(self) -> nn.Linear:
-        return self.linear2
-
     def features(
         self,
         input: Tensor,
@@ -72,7 +67,7 @@ class SRUppProjectedLinear(nn.Module):
         memory: Tensor | None = None,
         memory_mask_pad: Tensor | None = None,
     ) -> Tensor:
-        return self.last(self.features(input, mask_pad, attn_mask, memory, memory_mask_pad))  # type: ignore[no-any-return]
+        return self.linear2(self.features(input, mask_pad, attn_mask, memory, memory_mask_pad))  # type: ignore[no-any-return]
 
 
 class SRUppAttention(nn.Module):
@@ -132,10 +127,6 @@ class SRUppAttention(nn.Module):
         for linear in (self.linear1, self.linear2, self.linear3):
             nn.init.xavier_uniform_(linear.weight)
 
-    @property
-    def last(self) -> nn.Linear:
-        return self.linear3
-
     def features(
         self,
         input: Tensor,
@@ -183,7 +174,7 @@ class SRUppAttention(nn.Module):
         memory: Tensor | None = None,
         memory_mask_pad: Tensor | None = None,
     ) -> Tensor:
-        return self.last(self.features(input, mask_pad, attn_mask, memory, memory_mask_pad))  # type: ignore[no-any-return]
+        return self.linear3(self.features(input, mask_pad, attn_mask, memory, memory_mask_pad))  # type: ignore[no-any-return]
 
 
 class SRUppCell(SRUCell):
@@ -249,12 +240,7 @@ class SRUppCell(SRUCell):
         self, v: Tensor, padded: Tensor | None, extra: dict[str, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         custom: Any = self._custom
-        extra = {"mask_pad": padded, **extra}
-        if not self._own_product:
-            return self._split_products(custom(v, **extra), v)
-        D, K, H = self.num_directions, self.num_matrices, self.hidden_size
-        u = F.linear(custom.features(v, **extra), gate_major(custom.last.weight, D, H))
-        return u.view(*u.shape[:2], D, K, H), None
+        return self._split_products(custom(v, mask_pad=padded, **extra), v)
 
 
 class SRUpp(Stack):

@@ -69,7 +69,10 @@ def test_recorded_run_is_reproduced(name):
 def test_converted_module_reproduces_recorded_run(name):
     record = official.load(name)
     rnn, bidirectional = numsru_twin(record.options), record.options.get("bidirectional", False)
-    converted = compat.convert_state_dict(official.parameters(record), to="numsru", bidirectional=bidirectional)
+    converted = compat.convert_state_dict(
+        official.parameters(record), to="numsru", bidirectional=bidirectional, rescale=rnn.rescale,
+        highway_bias=rnn.highway_bias,
+    )  # fmt: skip
     rnn.load_state_dict(converted, strict=True)
 
     x, n, D, H = record.inputs["x"].requires_grad_(), rnn.num_layers, rnn.num_directions, rnn.hidden_size
@@ -575,10 +578,56 @@ def test_every_layer_has_its_custom_module(kind):
 
 
 def test_single_custom_module_is_copied_with_new_parameters():
+    custom = nn.Linear(4, 12, bias=False)
+    rnn = SRU(4, 4, custom_m=custom)
+    weights = [cell.custom_m.weight for cell in rnn.rnn_lst] + [custom.weight]
+    assert len({w.sum().item() for w in weights}) == 3
+
+
+def test_custom_module_that_cannot_be_reset_is_left_as_it_is():
     custom = nn.Sequential(nn.Linear(4, 12, bias=False))
     rnn = SRU(4, 4, custom_m=custom)
-    weights = [cell.custom_m[0].weight for cell in rnn.rnn_lst] + [custom[0].weight]
-    assert len({w.sum().item() for w in weights}) == 3
+    for cell in rnn.rnn_lst:
+        torch.testing.assert_close(cell.custom_m[0].weight, custom[0].weight, rtol=0, atol=0)
+
+
+def test_reset_of_srupp_reaches_its_attention():
+    rnn = SRUpp(6, 4, 2)
+    attention = rnn.rnn_lst[0].transform_module
+    with torch.no_grad():
+        attention.alpha.fill_(7)
+        attention.linear3.weight.fill_(7)
+    rnn.reset_parameters()
+    assert attention.alpha.item() == 0
+    assert (attention.linear3.weight != 7).all()
+
+
+def test_hook_on_the_last_product_of_srupp_is_called():
+    rnn, seen = SRUpp(6, 4, 2, num_layers=1), []
+    rnn.rnn_lst[0].transform_module.linear3.register_forward_hook(lambda *args: seen.append(args))
+    rnn(torch.randn(3, 2, 6))
+    assert seen
+
+
+def test_scale_x_written_in_place_is_used():
+    rnn, x = SRU(4, 4, num_layers=1, rescale=True), torch.randn(3, 2, 4)
+    rnn.state_dict()["rnn_lst.0.scale_x"].fill_(3)
+    twin = SRU(4, 4, num_layers=1, rescale=True)
+    twin.load_state_dict(rnn.state_dict())
+    torch.testing.assert_close(rnn(x), twin(x), rtol=0, atol=0)
+
+
+def test_partial_load_leaves_the_other_parameters():
+    rnn = SRU(4, 4, num_layers=1)
+    before = rnn.rnn_lst[0].weight_c.clone()
+    rnn.load_state_dict({"rnn_lst.0.bias": torch.ones(8)}, strict=False)
+    torch.testing.assert_close(rnn.rnn_lst[0].weight_c, before, rtol=0, atol=0)
+
+
+def test_conversion_asks_for_rescale_where_the_file_has_a_factor():
+    state = SRU(4, 4, rescale=True).state_dict()
+    with pytest.raises(ValueError, match="pass rescale=True"):
+        compat.convert_state_dict(state, to="numsru")
 
 
 def test_projection_size_differs_between_layers():
