@@ -76,6 +76,10 @@ class _SRUBase(nn.Module):
                 raise TypeError(f"{name} must be an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        flags = {"bias": bias, "bidirectional": bidirectional, "highway": highway, "rescale": rescale}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {flag!r}")
         for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be a probability in [0, 1), got {p}")

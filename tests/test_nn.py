@@ -428,6 +428,7 @@ CONSTRUCTOR_ERRORS = {
     "hidden_size": ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
     "input_size": ({"input_size": 2.5}, TypeError, "input_size must be an int, got float"),
     "num_layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    "dropout in the place of bias": ({"bias": 0.2}, TypeError, "bias must be a bool, got 0.2"),
     "dropout": ({"dropout": 1.5}, ValueError, r"dropout must be a probability in \[0, 1\), got 1.5"),
     "rnn_dropout": ({"rnn_dropout": -0.1}, ValueError, "rnn_dropout must be a probability"),
     "version": ({"version": 3}, ValueError, "version must be 1 or 2, got 3"),
