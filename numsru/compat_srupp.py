@@ -45,20 +45,6 @@ class SRUppProjectedLinear(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def features(
-        self,
-        input: Tensor,
-        mask_pad: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_mask_pad: Tensor | None = None,
-    ) -> Tensor:
-        """What the last matrix multiplies, shape `(L, B, proj_features)`."""
-        y = self.linear1(input)
-        if self.layer_norm is not None:
-            y = self.layer_norm(y)
-        return F.dropout(y, self.dropout, self.training)
-
     def forward(
         self,
         input: Tensor,
@@ -67,7 +53,10 @@ class SRUppProjectedLinear(nn.Module):
         memory: Tensor | None = None,
         memory_mask_pad: Tensor | None = None,
     ) -> Tensor:
-        return self.linear2(self.features(input, mask_pad, attn_mask, memory, memory_mask_pad))  # type: ignore[no-any-return]
+        y = self.linear1(input)
+        if self.layer_norm is not None:
+            y = self.layer_norm(y)
+        return self.linear2(F.dropout(y, self.dropout, self.training))  # type: ignore[no-any-return]
 
 
 class SRUppAttention(nn.Module):
@@ -127,7 +116,7 @@ class SRUppAttention(nn.Module):
         for linear in (self.linear1, self.linear2, self.linear3):
             nn.init.xavier_uniform_(linear.weight)
 
-    def features(
+    def forward(
         self,
         input: Tensor,
         mask_pad: Tensor | None = None,
@@ -135,7 +124,6 @@ class SRUppAttention(nn.Module):
         memory: Tensor | None = None,
         memory_mask_pad: Tensor | None = None,
     ) -> Tensor:
-        """What the last matrix multiplies, shape `(L, B, proj_features)`."""
         L, B, _ = input.shape
         M = 0 if memory is None else memory.shape[0]
         if memory is not None:
@@ -164,17 +152,7 @@ class SRUppAttention(nn.Module):
         y = self.alpha * attention.permute(2, 0, 1, 3).flatten(2) + z
         if self.layer_norm is not None:
             y = self.layer_norm(y)
-        return F.dropout(y, self.dropout, self.training)
-
-    def forward(
-        self,
-        input: Tensor,
-        mask_pad: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_mask_pad: Tensor | None = None,
-    ) -> Tensor:
-        return self.linear3(self.features(input, mask_pad, attn_mask, memory, memory_mask_pad))  # type: ignore[no-any-return]
+        return self.linear3(F.dropout(y, self.dropout, self.training))  # type: ignore[no-any-return]
 
 
 class SRUppCell(SRUCell):
