@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,38 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import check_cu_seqlens, check_padding, sru_recurrence
+from .padding import Padding as _Padding
+from .padding import ValidSteps, in_order, is_on_host
 from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
-
-
-def _is_on_host(a: Tensor) -> bool:
-    """Whether a's values can be looked at without waiting for a device."""
-    return a.device.type == "cpu"
 
 
 def _at_least_float32(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
-
-
-class _Padding(NamedTuple):
-    """How the sequences of a batch lie in memory: at most one of the three, as in `sru_recurrence`."""
-
-    lengths: Tensor | None = None
-    mask_pad: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-
-    def zero(self, x: Tensor) -> Tensor:
-        """x, (L, B, features), with zeros at padding."""
-        mask_pad = self.mask_pad
-        if self.lengths is not None:
-            mask_pad = torch.arange(len(x), device=x.device).unsqueeze(1) >= self.lengths.to(x.device)
-        return x if mask_pad is None else x.masked_fill(mask_pad.unsqueeze(2), 0)
-
-    def row_of_step(self, total_steps: int) -> Tensor:
-        """The batch row of each step, with cu_seqlens."""
-        assert self.cu_seqlens is not None
-        steps = torch.arange(total_steps, device=self.cu_seqlens.device)
-        row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), steps, right=True)
-        return row.clamp(max=len(self.cu_seqlens) - 2)  # values on a GPU have not been checked
 
 
 class _SRUBase(nn.Module):
@@ -390,7 +365,7 @@ class SRU(_SRUBase):
     ) -> tuple[Tensor, Tensor]:
         """x is (L, B, in), mask_pad (L, B)."""
         L, B, _ = x.shape
-        on_host = next((a for a in (lengths, mask_pad) if a is not None and _is_on_host(a)), None)
+        on_host = next((a for a in (lengths, mask_pad) if a is not None and is_on_host(a)), None)
         check_padding(lengths, mask_pad, L, B, x.device if on_host is None else on_host.device)
         if on_host is None:
             # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
@@ -400,29 +375,20 @@ class SRU(_SRUBase):
         valid = ~on_host if lengths is None else torch.arange(L, device="cpu").unsqueeze(1) < lengths
         if valid.all():
             return self._forward_layers(x, B, c_0, _Padding())
-        at = torch.arange(L * B, device="cpu").view(L, B).t()[valid.t()].to(x.device, non_blocking=True)
-        cu_seqlens = F.pad(valid.sum(0).cumsum(0), (1, 0))
-        h, c_n = self._forward_layers(x.reshape(L * B, -1).index_select(0, at), B, c_0, _Padding(cu_seqlens=cu_seqlens))
-        return h.new_zeros(L * B, h.shape[1]).index_copy(0, at, h).view(L, B, -1), c_n
+        steps = ValidSteps.of_padded(valid, x.device)
+        h, c_n = self._forward_layers(steps.gather(x), B, c_0, _Padding(cu_seqlens=steps.cu_seqlens))
+        return steps.scatter(h, L, B), c_n
 
     def _forward_packed_sequence(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
-        """A PackedSequence holds all first steps, then all second steps and so on, longest row first."""
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        self._check_input(data, (2, 2))
-        B = int(batch_sizes[0])
-        valid = torch.arange(B, device="cpu") < batch_sizes.unsqueeze(1)
-        by_row = torch.empty(valid.shape, dtype=torch.int64, device="cpu")
-        by_row[valid] = torch.arange(len(data), device="cpu")
-        at = by_row.t()[valid.t()].to(data.device, non_blocking=True)
-        cu_seqlens = F.pad(valid.sum(0).cumsum(0), (1, 0))
+        self._check_input(input.data, (2, 2))
+        steps = ValidSteps.of_packed(input)
+        B = len(steps.cu_seqlens) - 1
         c_0 = self._check_state(c_0, B)
-        if c_0 is not None and sorted_indices is not None:
-            c_0 = c_0.index_select(1, sorted_indices)
-        h, c_n = self._forward_layers(data.index_select(0, at), B, c_0, _Padding(cu_seqlens=cu_seqlens))
-        if unsorted_indices is not None:
-            c_n = c_n.index_select(1, unsorted_indices)
-        h = torch.empty_like(h).index_copy(0, at, h)
-        return PackedSequence(h, batch_sizes, sorted_indices, unsorted_indices), c_n
+        c_0 = None if c_0 is None else in_order(c_0, input.sorted_indices)
+        padding = _Padding(cu_seqlens=steps.cu_seqlens)
+        h, c_n = self._forward_layers(steps.gather(input.data), B, c_0, padding)
+        output = input._replace(data=steps.scatter(h, len(h)))
+        return output, in_order(c_n, input.unsorted_indices)
 
     def _check_state(self, c_0: Tensor | None, B: int | None) -> Tensor | None:
         """c_0 with a batch dimension. B = None: it comes without one."""

@@ -1,0 +1,75 @@
+"""Batches of sequences of different lengths: where the padding is, and how to compute valid steps alone."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def is_on_host(a: Tensor) -> bool:
+    """Whether a's values can be looked at without waiting for a device."""
+    return a.device.type == "cpu"
+
+
+class Padding(NamedTuple):
+    """How the sequences of a batch lie in memory: at most one of the three, as in `sru_recurrence`."""
+
+    lengths: Tensor | None = None
+    mask_pad: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def zero(self, x: Tensor) -> Tensor:
+        """x, (L, B, features), with zeros at padding."""
+        mask_pad = self.mask_pad
+        if self.lengths is not None:
+            mask_pad = torch.arange(len(x), device=x.device).unsqueeze(1) >= self.lengths.to(x.device)
+        return x if mask_pad is None else x.masked_fill(mask_pad.unsqueeze(2), 0)
+
+    def row_of_step(self, total_steps: int) -> Tensor:
+        """The batch row of each step, with cu_seqlens."""
+        assert self.cu_seqlens is not None
+        steps = torch.arange(total_steps, device=self.cu_seqlens.device)
+        row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), steps, right=True)
+        return row.clamp(max=len(self.cu_seqlens) - 2)  # values on a GPU have not been checked
+
+
+class ValidSteps(NamedTuple):
+    """The valid steps of a batch, one row after the other: what of it needs to be computed."""
+
+    at: Tensor  # where each lies in the batch's memory, (total_steps,), on the batch's device
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of_padded(cls, valid: Tensor, device: torch.device) -> ValidSteps:
+        """Of a batch (L, B, features) on `device`; `valid` is (L, B), bool, on the host."""
+        return cls._of(valid, torch.arange(valid.numel(), device="cpu").view(valid.shape), device)
+
+    @classmethod
+    def of_packed(cls, packed: PackedSequence) -> ValidSteps:
+        """Of a PackedSequence: it holds all first steps, then all second steps and so on, longest row first."""
+        valid = torch.arange(int(packed.batch_sizes[0]), device="cpu") < packed.batch_sizes.unsqueeze(1)
+        return cls._of(valid, valid.flatten().cumsum(0).view(valid.shape) - 1, packed.data.device)
+
+    @classmethod
+    def _of(cls, valid: Tensor, position: Tensor, device: torch.device) -> ValidSteps:
+        at = position.t()[valid.t()].to(device, non_blocking=True)
+        return cls(at, F.pad(valid.sum(0).cumsum(0), (1, 0)))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The valid steps of x, (L, B, features) or a PackedSequence's data: (total_steps, features)."""
+        return x.flatten(0, -2).index_select(0, self.at)
+
+    def scatter(self, h: Tensor, *sizes: int) -> Tensor:
+        """h, (total_steps, features), where its steps lie in a batch of `sizes`, (L, B) or (total_steps,)."""
+        out = h.new_zeros(math.prod(sizes), h.shape[1]).index_copy_(0, self.at, h)
+        return out.view(*sizes, h.shape[1])
+
+
+def in_order(c: Tensor, rows: Tensor | None) -> Tensor:
+    """c, (layers, B, units), with its rows in the order that a PackedSequence's sorted or unsorted indices say."""
+    return c if rows is None else c.index_select(1, rows)
