@@ -14,12 +14,31 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import check_cu_seqlens, check_padding, sru_recurrence
 from .padding import Padding as _Padding
-from .padding import ValidSteps, in_order, is_on_host
+from .padding import compute_packed, compute_padded, is_on_host
 from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
 
 
 def _at_least_float32(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_probabilities(**probabilities: float) -> None:
+    for name, p in probabilities.items():
+        if not 0 <= p < 1:
+            raise ValueError(f"{name} must be a probability in [0, 1), got {p}")
+
+
+def highway_scale(rescale: bool, highway_bias: float) -> float:
+    """The factor of the highway input (arXiv:1709.02755v5, section 3.2)."""
+    return math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
 
 
 class _SRUBase(nn.Module):
@@ -46,18 +65,12 @@ class _SRUBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         flags = {"bias": bias, "bidirectional": bidirectional, "highway": highway, "rescale": rescale}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be a bool, got {flag!r}")
-        for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
-            if not 0 <= p < 1:
-                raise ValueError(f"{name} must be a probability in [0, 1), got {p}")
+        check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout)
         if projection_size < 0:
             raise ValueError(f"projection_size must be at least 0, got {projection_size}")
         if version not in (1, 2):
@@ -113,7 +126,7 @@ class _SRUBase(nn.Module):
 
     @property
     def _scale_x(self) -> float:
-        return math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale else 1.0
+        return highway_scale(self.rescale, self.highway_bias)
 
     def reset_parameters(self) -> None:
         r"""Draw new parameters.
@@ -367,28 +380,14 @@ class SRU(_SRUBase):
         L, B, _ = x.shape
         on_host = next((a for a in (lengths, mask_pad) if a is not None and is_on_host(a)), None)
         check_padding(lengths, mask_pad, L, B, x.device if on_host is None else on_host.device)
-        if on_host is None:
-            # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
-            padding = _Padding(lengths, mask_pad)
-            return self._forward_layers(padding.zero(x), B, c_0, padding)
-        # What is padding is known here, so that only valid steps need to be computed: one row after the other.
-        valid = ~on_host if lengths is None else torch.arange(L, device="cpu").unsqueeze(1) < lengths
-        if valid.all():
-            return self._forward_layers(x, B, c_0, _Padding())
-        steps = ValidSteps.of_padded(valid, x.device)
-        h, c_n = self._forward_layers(steps.gather(x), B, c_0, _Padding(cu_seqlens=steps.cu_seqlens))
-        return steps.scatter(h, L, B), c_n
+        padding = _Padding(lengths, mask_pad)
+        return compute_padded(lambda x, c, padding: self._forward_layers(x, B, c, padding), x, c_0, padding)
 
     def _forward_packed_sequence(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
         self._check_input(input.data, (2, 2))
-        steps = ValidSteps.of_packed(input)
-        B = len(steps.cu_seqlens) - 1
+        B = int(input.batch_sizes[0])
         c_0 = self._check_state(c_0, B)
-        c_0 = None if c_0 is None else in_order(c_0, input.sorted_indices)
-        padding = _Padding(cu_seqlens=steps.cu_seqlens)
-        h, c_n = self._forward_layers(steps.gather(input.data), B, c_0, padding)
-        output = input._replace(data=steps.scatter(h, len(h)))
-        return output, in_order(c_n, input.unsorted_indices)
+        return compute_packed(lambda x, c, padding: self._forward_layers(x, B, c, padding), input, c_0)
 
     def _check_state(self, c_0: Tensor | None, B: int | None) -> Tensor | None:
         """c_0 with a batch dimension. B = None: it comes without one."""

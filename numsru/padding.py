@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Padding(NamedTuple):
 
 
 class ValidSteps(NamedTuple):
-    """The valid steps of a batch, one row after the other: what of it needs to be computed."""
+    """The valid steps of a batch, one row after the other."""
 
     at: Tensor  # where each lies in the batch's memory, (total_steps,), on the batch's device
     cu_seqlens: Tensor
@@ -70,6 +71,34 @@ class ValidSteps(NamedTuple):
         return out.view(*sizes, h.shape[1])
 
 
-def in_order(c: Tensor, rows: Tensor | None) -> Tensor:
-    """c, (layers, B, units), with its rows in the order that a PackedSequence's sorted or unsorted indices say."""
+# Layers to be computed: from x, (L, B, features) or (total_steps, features), and c_0 to h, as x, and c_n.
+Layers = Callable[[Tensor, Tensor | None, Padding], tuple[Tensor, Tensor]]
+
+
+def compute_padded(layers: Layers, x: Tensor, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
+    """`layers` of x, (L, B, features), with `lengths` or `mask_pad`; valid steps alone if these are on the host."""
+    L, B, _ = x.shape
+    known = next((a for a in padding if a is not None and is_on_host(a)), None)
+    if known is None:
+        # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
+        return layers(padding.zero(x), c_0, padding)
+    valid = ~known if padding.lengths is None else torch.arange(L, device="cpu").unsqueeze(1) < known
+    if valid.all():
+        return layers(x, c_0, Padding())
+    steps = ValidSteps.of_padded(valid, x.device)
+    h, c_n = layers(steps.gather(x), c_0, Padding(cu_seqlens=steps.cu_seqlens))
+    return steps.scatter(h, L, B), c_n
+
+
+def compute_packed(layers: Layers, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
+    """`layers` of a PackedSequence. States are (layers, B, features), in the order of the rows before packing."""
+    steps = ValidSteps.of_packed(input)
+    if c_0 is not None:
+        c_0 = _in_order(c_0, input.sorted_indices)
+    h, c_n = layers(steps.gather(input.data), c_0, Padding(cu_seqlens=steps.cu_seqlens))
+    output = input._replace(data=steps.scatter(h, len(h)))
+    return output, _in_order(c_n, input.unsorted_indices)
+
+
+def _in_order(c: Tensor, rows: Tensor | None) -> Tensor:
     return c if rows is None else c.index_select(1, rows)

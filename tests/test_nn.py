@@ -77,7 +77,7 @@ def by_hand(rnn, x, c_0=None, mask_pad=None):
 @pytest.mark.parametrize("padded", ["full", "host", "device"])
 @pytest.mark.parametrize("name", MODULES)
 def test_module_matches_the_reference_with_all_gradients(monkeypatch, name, padded):
-    monkeypatch.setattr(numsru.nn, "is_on_host", lambda a: padded == "host")
+    monkeypatch.setattr(numsru.padding, "is_on_host", lambda a: padded == "host")
     rnn = make(name)
     x = torch.randn(7, 3, 6, dtype=F64, requires_grad=True)
     D = 2 if rnn.bidirectional else 1
@@ -171,7 +171,7 @@ def test_lengths_equal_a_mask(lengths):
 @pytest.fixture(params=["host", "device"])
 def where_padding_is(request, monkeypatch):
     """Padding that is known on the host, or that takes the way of a device: kept, masked, skipped by the kernels."""
-    monkeypatch.setattr(numsru.nn, "is_on_host", lambda a: request.param == "host")
+    monkeypatch.setattr(numsru.padding, "is_on_host", lambda a: request.param == "host")
 
 
 @pytest.mark.usefixtures("where_padding_is")
