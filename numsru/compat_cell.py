@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import sru_recurrence
+from .autograd import check_cu_seqlens, sru_recurrence
 from .compat_convert import gate_major
+from .nn import check_probabilities, check_sizes, highway_scale
+from .padding import Padding, compute_padded
 from .reference import NONLINEARITIES
+
+_ACTIVATION_TYPES = {"none": 0, "tanh": 1, "relu": 2, "selu": 3}
 
 
 class SRUCell(nn.Module):
@@ -43,14 +46,15 @@ class SRUCell(nn.Module):
         is_input_normalized: Up to 2.1.7: initial weights are a tenth, as with `layer_norm`.
         weight_norm: Refused if True.
 
-    Inputs: `input, c0=None, mask_pad=None`
+    Inputs: `input, c0=None, mask_pad=None, *, cu_seqlens=None`
         - **input**: `(L, B, input_size)`, or `(B, input_size)` for one step.
         - **c0**: initial state, `(B, D*H)`. Default: zeros.
         - **mask_pad**: not 0 at padding, `(L, B)`, `(B,)` for one step, any dtype. Padding passes the state on, gives
-          0 and gets no gradient.
+          0 and gets no gradient. Where the mask is on the CPU, only valid steps are computed, without a `custom_m`.
+        - **cu_seqlens**: for input `(total_steps, input_size)`, sequences end to end: see :class:`numsru.SRU`.
 
     Outputs: `h, c`
-        - **h**: `(L, B, D*H)` or `(B, D*H)`.
+        - **h**: as the input, with `D*H` features.
         - **c**: final state, `(B, D*H)`.
 
     Raises:
@@ -58,6 +62,12 @@ class SRUCell(nn.Module):
 
     Source: arXiv:1709.02755v5; dropout as in `sru` 2.3.3 and later.
     """
+
+    weight: nn.Parameter
+    weight_proj: nn.Parameter | None
+    custom_m: nn.Module | None
+    transform_module: nn.Module | None
+    scale_x: Tensor
 
     def __init__(
         self,
@@ -87,9 +97,7 @@ class SRUCell(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size)
-        for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
-            if not 0 <= p < 1:
-                raise ValueError(f"{name} must be a probability in [0, 1), got {p}")
+        check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout)
         if weight_norm:
             raise ValueError("weight_norm=True is not supported; `sru` dropped it in 2.1.9. Use layer_norm=True")
         chosen = [g for g, use in (("tanh", use_tanh), ("relu", use_relu), ("selu", use_selu)) if use]
@@ -97,39 +105,40 @@ class SRUCell(nn.Module):
             raise ValueError(f"expected at most one of use_tanh, use_relu and use_selu, got {' and '.join(chosen)}")
         if n_proj and projection_size:
             raise ValueError("n_proj and projection_size are two names of one argument: expected one, got both")
-        custom = one_of(custom_m, transform_module)
+        check_one_name(custom_m, transform_module)
 
         self.input_size, self.hidden_size = input_size, hidden_size
         self.num_directions = 2 if bidirectional else 1
         self.output_size = self.num_directions * hidden_size
         self.num_matrices = 4 if has_skip_term and input_size != self.output_size else 3
         self.projection_size = n_proj or projection_size
+        if not 0 < self.projection_size < min(input_size, self.output_size):
+            self.projection_size = 0
         self.dropout, self.rnn_dropout, self.bidirectional = float(dropout), float(rnn_dropout), bool(bidirectional)
-        self.nonlinearity, self.highway_bias = chosen[0] if chosen else "identity", float(highway_bias)
+        self.activation, self.highway_bias = chosen[0] if chosen else "none", float(highway_bias)
+        self.activation_type = _ACTIVATION_TYPES[self.activation]
         self.has_skip_term, self.rescale, self.v1 = bool(has_skip_term), bool(rescale), bool(v1)
         self.normalize_after, self.weight_c_init = bool(normalize_after), weight_c_init
         self.small_init = bool(layer_norm or is_input_normalized)
         self.amp_recurrence_fp16 = amp_recurrence_fp16
 
-        if custom is None:
-            product_size = input_size
-            if 0 < self.projection_size < min(input_size, self.output_size):
-                product_size = self.projection_size
+        self.custom_m, self.transform_module = custom_m, transform_module
+        self.register_parameter("weight_proj", None)
+        self.register_parameter("weight", None)
+        if self._custom is None:
+            product_size = self.projection_size or input_size
+            if self.projection_size:
                 self.weight_proj = nn.Parameter(torch.empty(input_size, product_size))
             self.weight = nn.Parameter(torch.empty(product_size, self.output_size * self.num_matrices))
         self.weight_c = nn.Parameter(torch.empty(2 * self.output_size), requires_grad=not self.v1)
         self.bias = nn.Parameter(torch.empty(2 * self.output_size))
-        self.scale_x: Tensor
         self.register_buffer("scale_x", torch.ones(1))
-        self._custom_name = "custom_m" if transform_module is None else "transform_module"
-        if custom is not None:
-            self.add_module(self._custom_name, custom)
         self.layer_norm = nn.LayerNorm(self.output_size if normalize_after else input_size) if layer_norm else None
         self.reset_parameters()
 
     @property
     def _custom(self) -> nn.Module | None:
-        return self._modules.get(self._custom_name)
+        return self.transform_module if self.custom_m is None else self.custom_m
 
     @property
     def _own_product(self) -> bool:
@@ -138,7 +147,7 @@ class SRUCell(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new parameters as `sru` 2.6.0 does. A `custom_m` without a method of this name is left as it is."""
-        scale = math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale and self.has_skip_term else 1.0
+        scale = highway_scale(self.rescale and self.has_skip_term, self.highway_bias)
         c_bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
         with torch.no_grad():
             self.scale_x.fill_(scale)
@@ -153,10 +162,10 @@ class SRUCell(nn.Module):
                 if hasattr(self._custom, "reset_parameters"):
                     self._custom.reset_parameters()  # type: ignore[operator]
                 return
-            for name in ("weight_proj", "weight"):
-                if hasattr(self, name):
-                    bound = math.sqrt(3 / getattr(self, name).shape[0])
-                    getattr(self, name).uniform_(-bound, bound)
+            for matrix in (self.weight_proj, self.weight):
+                if matrix is not None:
+                    bound = math.sqrt(3 / matrix.shape[0])
+                    matrix.uniform_(-bound, bound)
             weight = self.weight.view(-1, self.output_size, self.num_matrices)
             weight[:, :, 0] *= math.sqrt(1 - self.dropout)
             weight *= math.sqrt(1 - self.rnn_dropout) * (0.1 if self.small_init else 1)
@@ -169,47 +178,76 @@ class SRUCell(nn.Module):
         with torch.no_grad():
             self.bias[self.output_size :] = bias_val
 
-    def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._layer(input, c0, mask_pad, {})
+    def forward(
+        self,
+        input: Tensor,
+        c0: Tensor | None = None,
+        mask_pad: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if cu_seqlens is None:
+            return self._forward_padded(input, c0, mask_pad, {})
+        check_input(input, self.input_size)
+        if input.dim() != 2 or mask_pad is not None or self._custom is not None:
+            raise ValueError("with cu_seqlens, input must have two dimensions, without a mask_pad or a custom_m")
+        check_cu_seqlens(cu_seqlens, len(input), input.device)
+        return self._layer(input, c0, Padding(cu_seqlens=cu_seqlens))
 
-    def _layer(
+    def _forward_padded(
         self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, extra: dict[str, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         """`forward`; `extra` goes to `_products`."""
         check_input(input, self.input_size)
         x = input if input.dim() == 3 else input.unsqueeze(0)
-        L, B, _ = x.shape
+        padded = as_bool(mask_pad, *x.shape[:2])
+        if self._custom is None:
+            h, c = compute_padded(self._layer, x, c0, Padding(mask_pad=padded))
+        else:
+            padding = Padding(mask_pad=None if padded is None else padded.to(x.device))
+            # A module of the user's gets what the padding holds.
+            h, c = self._layer(padding.zero(x) if self._own_product else x, c0, padding, extra)
+        return h if input.dim() == 3 else h.squeeze(0), c
+
+    def _layer(
+        self, x: Tensor, c0: Tensor | None, padding: Padding, extra: dict[str, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h and the final state of x, (L, B, in) or (total_steps, in)."""
+        B = x.shape[1] if padding.cu_seqlens is None else len(padding.cu_seqlens) - 1
         if c0 is not None and c0.shape != (B, self.output_size):
             raise ValueError(f"c0 must have shape {(B, self.output_size)}, got {tuple(c0.shape)}")
-        padded = as_bool(mask_pad, L, B)
-        if self._own_product:
-            # What the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
-            x = zero_padding(x, padded)
         v = x
         if self.layer_norm is not None and not self.normalize_after:
             v = self.layer_norm(v)
         if self.training and self.rnn_dropout > 0:
-            v = v * F.dropout(v.new_ones(B, self.input_size), self.rnn_dropout)
-        u, step_weights = self._products(v, padded, extra)
-        h, c = self._recurrence(u, x, c0, step_weights, padded)
+            mask_x = F.dropout(v.new_ones(B, self.input_size), self.rnn_dropout)
+            v = v * (mask_x if padding.cu_seqlens is None else mask_x[padding.row_of_step(len(x))])
+        u, step_weights = self._products(v, padding.mask_pad, extra or {})
+        h, c = self._recurrence(u, x, B, c0, step_weights, padding)
         if self.layer_norm is not None and self.normalize_after:
-            h = zero_padding(self.layer_norm(h), padded)
-        return h if input.dim() == 3 else h.squeeze(0), c
+            h = padding.zero(self.layer_norm(h))
+        return h, c
+
+    def compute_U(self, input: Tensor) -> Tensor:  # noqa: N802
+        """The product of the input and the weights, `(steps, D*H*K)`, as the package computes it: K innermost."""
+        x = input.flatten(0, -2)
+        return (x if self.weight_proj is None else x @ self.weight_proj) @ self.weight
 
     def _products(
         self, v: Tensor, padded: Tensor | None, extra: dict[str, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """U as `(L, B, D, K, H)`, and V as `(L, B, D, H, 2)` where `custom_m` returns one."""
-        L, B, _ = v.shape
-        D, K, H = self.num_directions, self.num_matrices, self.hidden_size
-        if self._custom is None:
-            # The weight is put into the recurrence's order, not U, which is much larger.
-            v = v @ self.weight_proj if hasattr(self, "weight_proj") else v
-            return F.linear(v, gate_major(self.weight.t(), D, H)).view(L, B, D, K, H), None
-        return self._split_products(self._custom(v), v)
+        """U, `(L, B, D, K, H)` or `(total_steps, D, K, H)`, and V, `(L, B, D, H, 2)`, where `custom_m` returns one."""
+        if self._custom is not None:
+            return self._split_products(self._custom(v), v)
+        steps, D, K, H = v.shape[:-1], self.num_directions, self.num_matrices, self.hidden_size
+        # The recurrence wants H innermost. The smaller of the two is put into that order: U or the weight.
+        if steps.numel() < len(self.weight):
+            return self.compute_U(v).view(*steps, D, H, K).transpose(-2, -1), None
+        v = v if self.weight_proj is None else v @ self.weight_proj
+        return F.linear(v, gate_major(self.weight.t(), D, H)).view(*steps, D, K, H), None
 
     def _split_products(self, result: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same, from what `custom_m` returned for v."""
+        """`_products`, from what `custom_m` returned for v."""
         L, B, _ = v.shape
         D, K, H = self.num_directions, self.num_matrices, self.hidden_size
         parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
@@ -225,7 +263,7 @@ class SRUCell(nn.Module):
         return u, parts[1].reshape(L, B, D, H, 2) + self.weight_c.view(D, H, 2) if len(parts) == 2 else None
 
     def _recurrence(
-        self, u: Tensor, x: Tensor, c0: Tensor | None, step_weights: Tensor | None, padded: Tensor | None
+        self, u: Tensor, x: Tensor, B: int, c0: Tensor | None, step_weights: Tensor | None, padding: Padding
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if self.bias.dtype == torch.float64 else torch.float32
         D, H = self.num_directions, self.hidden_size
@@ -239,7 +277,7 @@ class SRUCell(nn.Module):
                 x = x * self.scale_x
         mask_c = None
         if self.training and self.dropout > 0:
-            mask_c = F.dropout(x.new_ones(x.shape[1], D * H, dtype=dtype), self.dropout)
+            mask_c = F.dropout(x.new_ones(B, D * H, dtype=dtype), self.dropout)
         tensors = (
             u.to(dtype),
             x.to(dtype) if highway else None,
@@ -248,13 +286,13 @@ class SRUCell(nn.Module):
         )
         options: dict[str, Any] = {
             "mask_c": mask_c,
-            "mask_pad": padded,
+            "mask_pad": padding.mask_pad,
             "scale_x": scale_x,
-            "nonlinearity": self.nonlinearity,
+            "nonlinearity": "identity" if self.activation == "none" else self.activation,
         }
         if step_weights is None:
             options |= {"weight_c": None if self.v1 else weight_c, "dropout_placement": "highway"}
-            h, c = sru_recurrence(*tensors, **options)
+            h, c = sru_recurrence(*tensors, cu_seqlens=padding.cu_seqlens, **options)
         else:
             h, c = _recurrence_with_step_weights(*tensors, step_weights.to(dtype), **options)
         return h.to(self.bias.dtype), c.to(self.bias.dtype)
@@ -267,11 +305,12 @@ class SRUCell(nn.Module):
                 if value is not None:
                     state_dict[prefix + ours] = value.t().contiguous()
         else:
-            other = {"custom_m": "transform_module", "transform_module": "custom_m"}[self._custom_name]
+            names = "transform_module", "custom_m"
+            other, own = names if self.transform_module is None else names[::-1]
             for key in [key for key in state_dict if key.startswith(f"{prefix}{other}.")]:
-                state_dict[f"{prefix}{self._custom_name}{key[len(prefix) + len(other) :]}"] = state_dict.pop(key)
-        names = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        if names == {"weight", "bias"} and self._custom is None:  # all that a file of 1.x holds
+                state_dict[f"{prefix}{own}{key[len(prefix) + len(other) :]}"] = state_dict.pop(key)
+        given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        if given == {"weight", "bias"} and self._custom is None:  # all that a file of 1.x holds
             state_dict[prefix + "weight_c"] = torch.zeros_like(self.weight_c)
             state_dict[prefix + "scale_x"] = torch.ones_like(self.scale_x)
         if self.v1 and prefix + "weight_c" in state_dict and state_dict[prefix + "weight_c"].any():
@@ -281,7 +320,7 @@ class SRUCell(nn.Module):
     def extra_repr(self) -> str:
         return repr_of(
             self, "input_size", "hidden_size", dropout=0.0, rnn_dropout=0.0, bidirectional=False, projection_size=0,
-            nonlinearity="identity", highway_bias=0.0, has_skip_term=True, rescale=True, v1=False,
+            activation="none", highway_bias=0.0, has_skip_term=True, rescale=True, v1=False,
             normalize_after=False,
         )  # fmt: skip
 
@@ -298,7 +337,7 @@ def _recurrence_with_step_weights(
     if K == 4:
         skip = u[:, :, :, 3]
     else:
-        skip = torch.zeros_like(u[:, :, :, 0]) if x is None else scale_x * zero_padding(x, mask_pad).view(L, B, D, H)
+        skip = torch.zeros_like(u[:, :, :, 0]) if x is None else scale_x * x.masked_fill(padded, 0).view(L, B, D, H)
     m = u.new_ones(B, D, H) if mask_c is None else mask_c.view(B, D, H)
     start = u.new_zeros(B, D, H) if c0 is None else c0.view(B, D, H)
     outputs, final = [], []
@@ -315,14 +354,6 @@ def _recurrence_with_step_weights(
     return torch.cat(outputs, dim=2), torch.cat(final, dim=1)
 
 
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
 def check_input(input: Tensor, size: int) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -333,19 +364,16 @@ def check_input(input: Tensor, size: int) -> None:
 def as_bool(mask_pad: Tensor | None, L: int, B: int, name: str = "mask_pad") -> Tensor | None:
     if mask_pad is None:
         return None
+    if not isinstance(mask_pad, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(mask_pad).__name__}")
     if mask_pad.shape != (L, B) and not (L == 1 and mask_pad.shape == (B,)):
         raise ValueError(f"{name} must have shape {(L, B)}, got {tuple(mask_pad.shape)}")
     return mask_pad.bool().view(L, B)
 
 
-def zero_padding(x: Tensor, padded: Tensor | None) -> Tensor:
-    return x if padded is None else x.masked_fill(padded.unsqueeze(2), 0)
-
-
-def one_of(custom_m: Any, transform_module: Any) -> Any:
+def check_one_name(custom_m: Any, transform_module: Any) -> None:
     if custom_m is not None and transform_module is not None:
         raise ValueError("custom_m and transform_module are two names of one argument: expected one, got both")
-    return custom_m if transform_module is None else transform_module
 
 
 def repr_of(module: nn.Module, *names: str, **defaults: Any) -> str:

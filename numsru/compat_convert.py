@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .nn import highway_scale
+
 FORMATS = ("numsru", "sru-1", "sru-2", "sru-3")
 
 # Where each format keeps a layer's tensors. On the left numsru's names, whose layouts all layers are brought into.
@@ -89,7 +91,7 @@ def convert_state_dict(
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, got {to!r}")
     if not state_dict:
         raise ValueError("state_dict is empty")
-    scale = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
+    scale = highway_scale(bool(rescale), highway_bias)
     D = 2 if bidirectional else 1
     other: dict[str, Tensor] = {}
     if any(_NUMSRU_KEY.fullmatch(key) for key in state_dict):

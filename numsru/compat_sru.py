@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .compat_cell import SRUCell, as_bool, check_input, check_sizes, one_of, repr_of, zero_padding
+from .compat_cell import SRUCell, as_bool, check_input, check_one_name, repr_of
+from .nn import check_sizes
+from .padding import Padding, compute_packed, compute_padded
 
 
 class Stack(nn.Module):
@@ -23,6 +25,7 @@ class Stack(nn.Module):
         num_layers: int,
         dropout: float,
         bidirectional: bool,
+        layer_norm: bool,
         nn_rnn_compatible_return: bool,
         proj_input_to_hidden_first: bool,
     ) -> None:
@@ -32,11 +35,11 @@ class Stack(nn.Module):
         self.dropout, self.bidirectional = float(dropout), bool(bidirectional)
         self.num_directions = 2 if bidirectional else 1
         self.output_size = self.num_directions * hidden_size
+        self.use_layer_norm = bool(layer_norm)
         self.nn_rnn_compatible_return = bool(nn_rnn_compatible_return)
         self.input_to_hidden = None
         if proj_input_to_hidden_first and input_size != self.output_size:
             self.input_to_hidden = nn.Linear(input_size, self.output_size, bias=False)
-            nn.init.xavier_uniform_(self.input_to_hidden.weight)
         self.rnn_lst = nn.ModuleList()
 
     def _in_size(self, i: int) -> int:
@@ -48,7 +51,7 @@ class Stack(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new parameters for all layers. A `custom_m` is left as it is."""
         if self.input_to_hidden is not None:
-            nn.init.xavier_uniform_(self.input_to_hidden.weight)
+            self.input_to_hidden.reset_parameters()
         for cell in self.rnn_lst:
             cell.reset_parameters()  # type: ignore[operator]
 
@@ -57,44 +60,82 @@ class Stack(nn.Module):
         for cell in self.rnn_lst:
             cell.set_bias(bias_val)  # type: ignore[operator]
 
+    def __getitem__(self, n: int) -> nn.Module:
+        """The cell of layer n."""
+        return self.rnn_lst[n]
+
     def _run(
         self,
         input: Tensor | PackedSequence,
         c0: Tensor | None,
         mask_pad: Tensor | None,
-        extra: Sequence[dict[str, Tensor | None]],
+        extra: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[Any, Tensor, list[Tensor]]:
         """Output, final states, and the input of every layer. `extra`: further arguments of each layer."""
+        inputs: list[Tensor] = []
+
+        def layers(x: Tensor, c0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
+            return self._layers(x, c0, padding, extra, inputs)
+
         if isinstance(input, PackedSequence):
             if mask_pad is not None:
                 raise ValueError("a PackedSequence brings its own lengths: expected mask_pad=None")
+            check_input(input.data, self.input_size)
+            if self._takes_valid_steps:
+                output, c_n = compute_packed(layers, input, self._checked_states(c0, int(input.batch_sizes[0])))
+                return output, self._returned_states(c_n), inputs
             x, lengths = pad_packed_sequence(input)
-            mask_pad = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths.to(x.device)
+            mask_pad = torch.arange(len(x), device="cpu").unsqueeze(1) >= lengths
             h, c_n, inputs = self._run(x, c0, mask_pad, extra)
             if input.sorted_indices is not None:
                 h, lengths = h.index_select(1, input.sorted_indices), lengths[input.sorted_indices.cpu()]
-            data = pack_padded_sequence(h, lengths).data
-            return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c_n, inputs
+            return input._replace(data=pack_padded_sequence(h, lengths).data), c_n, inputs
 
         check_input(input, self.input_size)
-        h = input if input.dim() == 3 else input.unsqueeze(0)
-        B, n, D, H = h.shape[1], self.num_layers, self.num_directions, self.hidden_size
-        padded = as_bool(mask_pad, h.shape[0], B)
-        if self.input_to_hidden is not None:
-            h = self.input_to_hidden(zero_padding(h, padded))
-        states: list[Tensor | None] = [None] * n if c0 is None else list(self._split_states(c0, B))
-        inputs, final = [], []
-        for cell, c, more in zip(self.rnn_lst, states, extra, strict=True):
-            inputs.append(h)
-            h, c_last = cell(h, c, padded, **more)
-            final.append(c_last)
-        c_n = torch.stack(final)
-        if self.nn_rnn_compatible_return:
-            c_n = c_n.view(n, B, D, H).transpose(1, 2).reshape(n * D, B, H)
-        return h if input.dim() == 3 else h.squeeze(0), c_n, inputs
+        x = input if input.dim() == 3 else input.unsqueeze(0)
+        L, B, _ = x.shape
+        padded, c0 = as_bool(mask_pad, L, B), self._checked_states(c0, B)
+        if self._takes_valid_steps:
+            h, c_n = compute_padded(layers, x, c0, Padding(mask_pad=padded))
+        else:
+            h, c_n = layers(x, c0, Padding(mask_pad=None if padded is None else padded.to(x.device)))
+        return h if input.dim() == 3 else h.squeeze(0), self._returned_states(c_n), inputs
 
-    def _split_states(self, c0: Tensor, B: int) -> Sequence[Tensor]:
-        """c0 as one (B, D*H) for each layer. What `nn_rnn_compatible_return` returns is taken as well."""
+    @property
+    def _takes_valid_steps(self) -> bool:
+        """Whether layers may be given valid steps alone. A hook is to see what it sees in `sru`: (L, B, features)."""
+        return all(
+            type(cell) is SRUCell
+            and cell._custom is None
+            and not (cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks or cell._backward_pre_hooks)
+            for cell in self.rnn_lst
+        )
+
+    def _layers(
+        self,
+        x: Tensor,
+        c0: Tensor | None,
+        padding: Padding,
+        extra: Sequence[dict[str, Any]] | None,
+        inputs: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Output and final states, (num_layers, B, D*H), of x; the input of each layer is added to `inputs`."""
+        if self.input_to_hidden is not None:
+            x = self.input_to_hidden(padding.zero(x))
+        final = []
+        for i, cell in enumerate(self.rnn_lst):
+            inputs.append(x)
+            named = {} if extra is None else extra[i]
+            if padding.cu_seqlens is not None:
+                named = named | {"cu_seqlens": padding.cu_seqlens}
+            x, c = cell(x, None if c0 is None else c0[i], padding.mask_pad, **named)
+            final.append(c)
+        return x, torch.stack(final)
+
+    def _checked_states(self, c0: Tensor | None, B: int) -> Tensor | None:
+        """c0 as (num_layers, B, D*H). What `nn_rnn_compatible_return` returns is taken as well."""
+        if c0 is None:
+            return None
         if not isinstance(c0, Tensor):
             raise TypeError(f"c0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c0).__name__}")
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
@@ -102,7 +143,13 @@ class Stack(nn.Module):
             c0 = c0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H)
         if c0.shape != (n, B, D * H):
             raise ValueError(f"c0 must have shape {(n, B, D * H)}, got {tuple(c0.shape)}")
-        return c0.unbind()
+        return c0
+
+    def _returned_states(self, c_n: Tensor) -> Tensor:
+        if not self.nn_rnn_compatible_return:
+            return c_n
+        n, D, H, B = self.num_layers, self.num_directions, self.hidden_size, c_n.shape[1]
+        return c_n.view(n, B, D, H).transpose(1, 2).reshape(n * D, B, H)
 
     def extra_repr(self) -> str:
         return repr_of(
@@ -172,11 +219,14 @@ class SRU(Stack):
         weight_norm: bool = False,
     ) -> None:
         super().__init__(
-            input_size, hidden_size, num_layers, dropout, bidirectional, nn_rnn_compatible_return,
+            input_size, hidden_size, num_layers, dropout, bidirectional, layer_norm, nn_rnn_compatible_return,
             proj_input_to_hidden_first,
         )  # fmt: skip
+        self.rnn_dropout, self.has_skip_term = float(rnn_dropout), bool(has_skip_term)
+        self.projection_size = n_proj or projection_size
+        check_one_name(custom_m, transform_module)
         custom_name = "custom_m" if transform_module is None else "transform_module"
-        customs = _for_each_layer(custom_name, one_of(custom_m, transform_module), num_layers)
+        customs = _for_each_layer(custom_name, custom_m if transform_module is None else transform_module, num_layers)
         projections = _for_each_layer("projection_size", projection_size, num_layers)
         for i in range(num_layers):
             named: dict[str, Any] = {custom_name: customs[i]}
@@ -193,8 +243,11 @@ class SRU(Stack):
     def forward(
         self, input: Tensor | PackedSequence, c0: Tensor | None = None, mask_pad: Tensor | None = None
     ) -> tuple[Any, Tensor]:
-        h, c_n, _ = self._run(input, c0, mask_pad, [{}] * self.num_layers)
+        h, c_n, _ = self._run(input, c0, mask_pad)
         return h, c_n
+
+    def make_backward_compatible(self) -> None:
+        """Does nothing: no module here was made by an older release. For code written for `sru` 2.x."""
 
 
 def _for_each_layer(name: str, value: Any, num_layers: int) -> list[Any]:

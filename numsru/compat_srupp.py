@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .compat_cell import SRUCell, as_bool, check_sizes
+from .compat_cell import SRUCell, as_bool
 from .compat_sru import Stack
+from .nn import check_sizes
 
 
 class SRUppProjectedLinear(nn.Module):
@@ -23,7 +25,7 @@ class SRUppProjectedLinear(nn.Module):
         dropout: Of the vectors before the last product.
         layer_norm: Whether there is a LayerNorm.
 
-    Takes the arguments of :class:`SRUppAttention` and ignores all but the first.
+    `forward` takes the arguments of :class:`SRUppAttention` and ignores all but the first.
     """
 
     def __init__(
@@ -35,15 +37,15 @@ class SRUppProjectedLinear(nn.Module):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.in_features, self.out_features, self.proj_features = in_features, out_features, proj_features
+        self.dropout = nn.Dropout(dropout)
         self.linear1 = nn.Linear(in_features, proj_features, bias=False)
         self.linear2 = nn.Linear(proj_features, out_features, bias=False)
         self.layer_norm = nn.LayerNorm(proj_features) if layer_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.linear1.weight)
-        nn.init.xavier_uniform_(self.linear2.weight)
+        _reset_products(self.linear1, self.linear2, dropout=self.dropout.p)
 
     def forward(
         self,
@@ -56,7 +58,7 @@ class SRUppProjectedLinear(nn.Module):
         y = self.linear1(input)
         if self.layer_norm is not None:
             y = self.layer_norm(y)
-        return self.linear2(F.dropout(y, self.dropout, self.training))  # type: ignore[no-any-return]
+        return self.linear2(self.dropout(y))  # type: ignore[no-any-return]
 
 
 class SRUppAttention(nn.Module):
@@ -67,7 +69,8 @@ class SRUppAttention(nn.Module):
         y &= \mathrm{LN}(\alpha\, \mathrm{softmax}(z k^T / \sqrt{d} + \text{mask})\, v + z) \qquad
         U = W_3\, \mathrm{dropout}(y)
 
-    in each of the heads, of size d. :math:`\alpha` is a parameter that starts at 0.
+    in each of the heads, of size d. :math:`\alpha` is a parameter. Without `normalize_after`, the attention is that of
+    :math:`\mathrm{LN}(z)`, and y is :math:`\alpha` times its result, plus z.
 
     Args:
         in_features, out_features: Of x and of U.
@@ -75,7 +78,9 @@ class SRUppAttention(nn.Module):
         num_heads: Attention heads.
         dropout: Of the vectors before the last product.
         attn_dropout: Of the attention weights.
+        rezero_init_alpha: Initial :math:`\alpha`.
         layer_norm: Whether there is a LayerNorm.
+        normalize_after: Whether it is behind the attention and the sum.
 
     Inputs: `input, mask_pad=None, attn_mask=None, memory=None, memory_mask_pad=None`
         - **input**: `(L, B, in_features)`.
@@ -98,13 +103,17 @@ class SRUppAttention(nn.Module):
         num_heads: int = 1,
         dropout: float = 0.0,
         attn_dropout: float = 0.0,
+        rezero_init_alpha: float = 0.0,
         layer_norm: bool = False,
+        normalize_after: bool = True,
     ) -> None:
         super().__init__()
         if num_heads < 1 or proj_features % num_heads:
             raise ValueError(f"num_heads must divide the projection's size {proj_features}, got {num_heads}")
-        self.num_heads, self.dropout, self.attn_dropout = num_heads, dropout, attn_dropout
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.in_features, self.out_features, self.proj_features = in_features, out_features, proj_features
+        self.num_heads, self.dropout, self.attn_dropout = num_heads, nn.Dropout(dropout), float(attn_dropout)
+        self.rezero_init_alpha, self.normalize_after = float(rezero_init_alpha), bool(normalize_after)
+        self.alpha = nn.Parameter(torch.empty(1))
         self.linear1 = nn.Linear(in_features, proj_features, bias=False)
         self.linear2 = nn.Linear(proj_features, 2 * proj_features, bias=False)
         self.linear3 = nn.Linear(proj_features, out_features, bias=False)
@@ -112,9 +121,8 @@ class SRUppAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.alpha)
-        for linear in (self.linear1, self.linear2, self.linear3):
-            nn.init.xavier_uniform_(linear.weight)
+        nn.init.constant_(self.alpha, self.rezero_init_alpha)
+        _reset_products(self.linear1, self.linear2, self.linear3, dropout=self.dropout.p)
 
     def forward(
         self,
@@ -143,16 +151,18 @@ class SRUppAttention(nn.Module):
                 padded[M:] = mask_pad
 
         z = self.linear1(input)
+        residual = z[M:]
+        if self.layer_norm is not None and not self.normalize_after:
+            z = self.layer_norm(z)
         k, v = self.linear2(z).chunk(2, dim=2)
-        z = z[M:]
-        q, k, v = (a.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3) for a in (z, k, v))
+        q, k, v = (a.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3) for a in (z[M:], k, v))
         attention = F.scaled_dot_product_attention(
             q, k, v, _attention_mask(attn_mask, padded, q.dtype), self.attn_dropout if self.training else 0.0
         )
-        y = self.alpha * attention.permute(2, 0, 1, 3).flatten(2) + z
-        if self.layer_norm is not None:
+        y = self.alpha * attention.permute(2, 0, 1, 3).flatten(2) + residual
+        if self.layer_norm is not None and self.normalize_after:
             y = self.layer_norm(y)
-        return self.linear3(F.dropout(y, self.dropout, self.training))  # type: ignore[no-any-return]
+        return self.linear3(self.dropout(y))  # type: ignore[no-any-return]
 
 
 class SRUppCell(SRUCell):
@@ -196,7 +206,7 @@ class SRUppCell(SRUCell):
             transform_module=transform_module,
         )  # fmt: skip
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Tensor,
         c0: Tensor | None = None,
@@ -208,7 +218,7 @@ class SRUppCell(SRUCell):
         if memory is not None and memory_mask_pad is not None:
             memory_mask_pad = as_bool(memory_mask_pad, memory.shape[0], memory.shape[1], "memory_mask_pad")
         extra = {"attn_mask": attn_mask, "memory": memory, "memory_mask_pad": memory_mask_pad}
-        return self._layer(input, c0, mask_pad, extra)
+        return self._forward_padded(input, c0, mask_pad, extra)
 
     @property
     def _own_product(self) -> bool:
@@ -273,13 +283,15 @@ class SRUpp(Stack):
         weight_c_init: float = 1.0,
     ) -> None:
         super().__init__(
-            input_size, hidden_size, num_layers, dropout, bidirectional, nn_rnn_compatible_return,
+            input_size, hidden_size, num_layers, dropout, bidirectional, layer_norm, nn_rnn_compatible_return,
             proj_input_to_hidden_first,
         )  # fmt: skip
         check_sizes(proj_size=proj_size, attention_every_n_layers=attention_every_n_layers)
         if attention_every_n_layers != 1 and attention_last_n_layers != -1:
             raise ValueError("expected one of attention_every_n_layers and attention_last_n_layers, got both")
         self.proj_size, self.num_heads = proj_size, num_heads
+        if self.input_to_hidden is not None:
+            nn.init.xavier_uniform_(self.input_to_hidden.weight)
         for i in range(num_layers):
             in_size = self._in_size(i)
             sizes = in_size, self.output_size * (3 if in_size == self.output_size else 4), proj_size
@@ -289,7 +301,7 @@ class SRUpp(Stack):
                 attends = (i + 1) % attention_every_n_layers == 0
             transform: nn.Module
             if attends:
-                transform = SRUppAttention(*sizes, num_heads, dropout, attn_dropout, attn_layer_norm)
+                transform = SRUppAttention(*sizes, num_heads, dropout, attn_dropout, layer_norm=attn_layer_norm)
             else:
                 transform = SRUppProjectedLinear(*sizes, dropout, attn_layer_norm)
             self.rnn_lst.append(
@@ -298,6 +310,12 @@ class SRUpp(Stack):
                     normalize_after, transform, rescale, weight_c_init=weight_c_init,
                 )
             )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters for all layers."""
+        super().reset_parameters()
+        if self.input_to_hidden is not None:
+            nn.init.xavier_uniform_(self.input_to_hidden.weight)
 
     def forward(
         self,
@@ -315,6 +333,13 @@ class SRUpp(Stack):
         masks = {"attn_mask": attn_mask, "memory_mask_pad": memory_mask_pad}
         h, c_n, inputs = self._run(input, c0, mask_pad, [{"memory": m, **masks} for m in memory])
         return h, c_n, {"saved_inputs": inputs}
+
+
+def _reset_products(*products: nn.Linear, dropout: float) -> None:
+    for product in products:
+        nn.init.xavier_uniform_(product.weight)
+    with torch.no_grad():
+        products[-1].weight *= math.sqrt(1 - dropout)  # keeps the variance of U, whose input grows by dropout
 
 
 def _attention_mask(attn_mask: Tensor | None, padded: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -35,9 +35,14 @@ def normal(*shape, seed=1):
 
 def outputs_and_gradients(module, *inputs, **named):
     """Outputs and all gradients of a weighted sum of them, by name."""
+    return gradients_of(module, lambda *inputs: module(*inputs, **named), *inputs)
+
+
+def gradients_of(module, function, *inputs):
+    """The same of a function that calls `module`."""
     inputs = [a.detach().clone().requires_grad_(a.is_floating_point()) if a is not None else None for a in inputs]
     module.zero_grad()
-    h, c = module(*inputs, **named)[:2]
+    h, c = function(*inputs)[:2]
     ((h * normal(*h.shape, seed=5)).sum() + (c * normal(*c.shape, seed=6)).sum()).backward()
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     grads |= {f"input {i}": a.grad for i, a in enumerate(inputs) if a is not None and a.grad is not None}
@@ -191,6 +196,16 @@ def test_downstream_model_trains(name):
 
 
 @pytest.mark.parametrize("name", DOWNSTREAM)
+def test_downstream_model_takes_its_state_back(name):
+    rnn = build_downstream(name).eval()
+    x = torch.randn(4, 3, rnn.input_size)
+    c = rnn(x)[1]
+    again = rnn(x, c0=c)[1]
+    assert again.shape == c.shape
+    assert not torch.allclose(again, c)
+
+
+@pytest.mark.parametrize("name", DOWNSTREAM)
 def test_downstream_model_round_trips_its_state_dict(name):
     rnn, other = build_downstream(name).eval(), build_downstream(name).eval()
     other.load_state_dict(rnn.state_dict(), strict=True)
@@ -211,7 +226,7 @@ def test_positional_arguments_stand_where_the_official_package_has_them():
     cell = rnn.rnn_lst[1]
     assert (rnn.num_layers, rnn.dropout, rnn.nn_rnn_compatible_return) == (3, 0.1, True)
     assert (cell.rnn_dropout, cell.bidirectional, cell.projection_size) == (0.2, True, 5)
-    assert (cell.nonlinearity, cell.highway_bias, cell.has_skip_term, cell.rescale) == ("tanh", -1.0, False, True)
+    assert (cell.activation, cell.highway_bias, cell.has_skip_term, cell.rescale) == ("tanh", -1.0, False, True)
     assert (cell.v1, cell.amp_recurrence_fp16, cell.normalize_after, cell.weight_c_init) == (True, True, True, 0.5)
     assert cell.layer_norm is not None
     assert rnn.input_to_hidden is not None
@@ -220,9 +235,58 @@ def test_positional_arguments_stand_where_the_official_package_has_them():
 def test_positional_arguments_of_the_cell_stand_where_the_official_package_has_them():
     cell = SRUCell(12, 8, 0.1, 0.2, True, 5, True, -1.0, False, True, False, True, None, True, True, 0.5)
     assert (cell.dropout, cell.rnn_dropout, cell.bidirectional, cell.projection_size) == (0.1, 0.2, True, 5)
-    assert (cell.nonlinearity, cell.highway_bias, cell.has_skip_term, cell.rescale) == ("tanh", -1.0, False, False)
+    assert (cell.activation, cell.highway_bias, cell.has_skip_term, cell.rescale) == ("tanh", -1.0, False, False)
     assert (cell.v1, cell.amp_recurrence_fp16, cell.normalize_after, cell.weight_c_init) == (True, True, True, 0.5)
     assert cell.layer_norm is not None
+
+
+def test_attributes_are_those_of_the_official_package():
+    rnn = SRU(12, 8, 3, 0.1, 0.2, True, 5, True, True, has_skip_term=False)
+    assert (rnn.rnn_dropout, rnn.projection_size, rnn.use_layer_norm, rnn.has_skip_term) == (0.2, 5, True, False)
+    assert (rnn.output_size, rnn.num_directions, rnn.input_to_hidden) == (16, 2, None)
+    assert [rnn[i] for i in range(3)] == list(rnn.rnn_lst)
+    cell = rnn[0]
+    assert (cell.output_size, cell.num_matrices, cell.projection_size) == (16, 3, 5)
+    assert cell.weight_proj.shape == (12, 5)
+    assert (cell.custom_m, cell.transform_module) == (None, None)
+    assert rnn.make_backward_compatible() is None
+
+
+def test_attributes_of_srupp_are_those_of_the_official_package():
+    rnn = SRUpp(12, 8, 4, 2, 0.1, 0.2, 2, layer_norm=True)
+    assert (rnn.proj_size, rnn.num_heads, rnn.use_layer_norm) == (4, 2, True)
+    assert rnn[1] is rnn.rnn_lst[1]
+    module = rnn[0].transform_module
+    assert (module.in_features, module.out_features, module.proj_features) == (12, 32, 4)
+    assert (module.num_heads, module.dropout.p, module.attn_dropout) == (2, 0.1, 0.2)
+    assert (module.rezero_init_alpha, module.normalize_after) == (0.0, True)
+    product = compat.SRUppProjectedLinear(12, 32, 4, 0.1)
+    assert (product.in_features, product.out_features, product.proj_features) == (12, 32, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "activation", "kind"),
+    [({}, "none", 0), ({"use_tanh": 1}, "tanh", 1), ({"use_relu": 1}, "relu", 2), ({"use_selu": 1}, "selu", 3)],
+)
+def test_activation_has_the_name_of_the_official_package(options, activation, kind):
+    cell = SRUCell(5, 4, **options)
+    assert (cell.activation, cell.activation_type) == (activation, kind)
+
+
+def test_what_a_cell_does_not_have_is_none():
+    cell = SRUCell(5, 4, n_proj=4)
+    assert (cell.projection_size, cell.weight_proj) == (0, None)
+    custom = nn.Linear(5, 16)
+    cell = SRUCell(5, 4, custom_m=custom)
+    assert (cell.weight, cell.weight_proj, cell.custom_m) == (None, None, custom)
+
+
+@pytest.mark.parametrize("n_proj", [0, 3])
+def test_product_is_that_of_the_official_package(n_proj):
+    cell, x = randomize(SRUCell(5, 4, n_proj=n_proj)), normal(3, 2, 5)
+    weight = cell.weight if n_proj == 0 else cell.weight_proj @ cell.weight
+    assert_same(cell.compute_U(x), x.view(6, 5) @ weight)
+    assert_same(cell.compute_U(x[0]), x[0] @ weight)
 
 
 MODELS = {
@@ -408,6 +472,201 @@ def test_packed_sequence_comes_back_packed(make, enforce_sorted):
     assert_same(pad_packed_sequence(output)[0], h)
     assert output.sorted_indices is packed.sorted_indices
     assert_same(output.data, pack_padded_sequence(h, lengths, enforce_sorted=enforce_sorted).data)
+
+
+@pytest.fixture
+def computed_steps(monkeypatch):
+    """The number of steps of each call of the recurrence, of all batch rows together."""
+    seen = []
+
+    def spy(u, *args, **named):
+        seen.append(u.shape[:-3].numel())
+        return numsru.sru_recurrence(u, *args, **named)
+
+    monkeypatch.setattr(numsru.compat_cell, "sru_recurrence", spy)
+    return seen
+
+
+PADDED = {
+    "layers": {"num_layers": 3},
+    "bidirectional": {"bidirectional": True, "rescale": True, "highway_bias": -1.0},
+    "dropout": {"dropout": 0.5, "rnn_dropout": 0.5, "bidirectional": True},
+    "pre norm": {"layer_norm": True, "bidirectional": True, "rnn_dropout": 0.5},
+    "post norm": {"layer_norm": True, "normalize_after": True, "bidirectional": True},
+    "projection": {"projection_size": 3, "use_tanh": True},
+    "projected first": {"proj_input_to_hidden_first": True, "nn_rnn_compatible_return": True, "bidirectional": True},
+    "no skip": {"has_skip_term": False, "v1": True},
+}
+MASKS = {
+    "behind": [[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 0, 1], [0, 1, 1, 1]],
+    "anywhere": [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [1, 1, 0, 0]],
+    "a row": [[0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]],
+    "all": [[1] * 4] * 4,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("options", PADDED.values(), ids=list(PADDED))
+def test_valid_steps_alone_give_what_the_whole_batch_gives(monkeypatch, computed_steps, options, mask):
+    rnn, mask = randomize(SRU(8, 6, **options)), torch.tensor(mask)
+    arguments = normal(4, 4, 8), normal(rnn.num_layers, 4, rnn.output_size, seed=2)
+    torch.manual_seed(0)
+    received = outputs_and_gradients(rnn, *arguments, mask_pad=mask)
+    assert computed_steps == [int((mask == 0).sum())] * rnn.num_layers
+    monkeypatch.setattr(numsru.padding, "is_on_host", lambda a: False)
+    torch.manual_seed(0)
+    expected = outputs_and_gradients(rnn, *arguments, mask_pad=mask)
+    assert computed_steps[rnn.num_layers :] == [16] * rnn.num_layers
+    assert received.keys() >= {name for name, p in rnn.named_parameters() if p.requires_grad} | {"input 0", "input 1"}
+    assert_same(received, expected)
+
+
+@pytest.mark.parametrize("options", PADDED.values(), ids=list(PADDED))
+def test_packed_sequence_is_computed_without_padding(computed_steps, options):
+    rnn = randomize(SRU(8, 6, **options))
+    x, c0 = normal(4, 3, 8), normal(rnn.num_layers, 3, rnn.output_size, seed=2)
+    lengths = torch.tensor([4, 3, 1])
+
+    def packed(x, c0):
+        output, c = rnn(pack_padded_sequence(x, lengths), c0)
+        return pad_packed_sequence(output)[0], c
+
+    torch.manual_seed(0)
+    received = gradients_of(rnn, packed, x, c0)
+    assert computed_steps == [8] * rnn.num_layers
+    torch.manual_seed(0)
+    expected = gradients_of(rnn, lambda x, c0: rnn(x, c0, torch.arange(4)[:, None] >= lengths), x, c0)
+    assert_same(received, expected)
+
+
+def test_cell_computes_valid_steps_alone(computed_steps):
+    cell = randomize(SRUCell(5, 4))
+    x, mask = normal(4, 2, 5), torch.tensor([[0, 0], [1, 0], [1, 0], [0, 0]])
+    h, c = cell(x, mask_pad=mask)
+    assert computed_steps == [6]
+    expected_h, expected_c = cell(x[[0, 3], :1])
+    assert_same(h[[0, 3], :1], expected_h)
+    assert_same(c[:1], expected_c)
+    assert not h[1:3, 0].any()
+
+
+def test_mask_without_padding_is_as_none():
+    rnn, x = randomize(SRU(5, 4)), normal(4, 2, 5)
+    assert torch.equal(rnn(x, mask_pad=torch.zeros(4, 2))[0], rnn(x)[0])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["mask", "packed"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_hook_on_a_cell_sees_the_whole_batch(register, packed, computed_steps):
+    rnn, x = randomize(SRU(5, 4)), normal(4, 2, 5).requires_grad_()
+    mask = torch.tensor([[0, 0], [0, 0], [0, 0], [0, 1]])
+    expected = rnn(x, mask_pad=mask)
+    seen = []
+    getattr(rnn[1], register)(lambda module, *values: seen.extend(v[0].shape for v in values))
+    h, c = rnn(pack_padded_sequence(x, [4, 3]), None) if packed else rnn(x, mask_pad=mask)
+    h = pad_packed_sequence(h)[0] if packed else h
+    assert_same((h, c), expected)
+    h.sum().backward()
+    assert set(seen) == {(4, 2, 4)}
+    assert computed_steps == [7] * 4  # the cells leave the padding out themselves
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["mask", "packed"])
+def test_custom_module_of_one_layer_gets_the_whole_batch(packed):
+    seen = []
+    custom = lambda_module(lambda v: seen.append(v.shape) or v.repeat(1, 1, 3))
+    rnn, x = SRU(4, 4, custom_m=[nn.Linear(4, 12), custom]), torch.zeros(4, 2, 4)
+    rnn(pack_padded_sequence(x, [4, 2])) if packed else rnn(x, mask_pad=torch.eye(4, 2))
+    assert seen == [(4, 2, 4)]
+
+
+def a_hooked_stack():
+    rnn = SRU(5, 4)
+    rnn[0].register_forward_hook(lambda *args: None)
+    return rnn
+
+
+ON_DEVICE = {
+    "SRU": lambda: SRU(5, 4, bidirectional=True, proj_input_to_hidden_first=True, rescale=True, rnn_dropout=0.1),
+    "hooked": a_hooked_stack,
+    "custom_m": lambda: SRU(5, 4, custom_m=[nn.Linear(5, 16), nn.Linear(4, 12)]),
+    "SRUpp": lambda: SRUpp(5, 4, 4, proj_input_to_hidden_first=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mask_device"), [*((name, "meta") for name in ON_DEVICE), ("custom_m", "cpu"), ("SRUpp", "cpu")]
+)
+def test_values_on_a_device_are_not_waited_for(name, mask_device):
+    """Tensors on "meta" have no values: to look at one is an error."""
+    rnn = ON_DEVICE[name]().to("meta")
+    h, c = rnn(torch.zeros(4, 2, 5, device="meta"), mask_pad=torch.eye(4, 2, device=mask_device))[:2]
+    assert (h.shape, h.device.type) == ((4, 2, rnn.output_size), "meta")
+    assert c.shape == (2, 2, rnn.output_size)
+
+
+def test_mask_on_the_host_spares_a_device_the_padding(monkeypatch):
+    seen = []
+
+    def recurrence(u, *args, cu_seqlens, **options):
+        seen.append((u.shape, cu_seqlens.tolist()))
+        return u.new_empty(len(u), 8), u.new_empty(2, 8)
+
+    monkeypatch.setattr(numsru.compat_cell, "sru_recurrence", recurrence)
+    rnn = ON_DEVICE["SRU"]().to("meta")
+    h, _ = rnn(torch.zeros(4, 2, 5, device="meta"), mask_pad=torch.eye(4, 2))
+    assert h.shape == (4, 2, 8)
+    assert seen == [((6, 2, 3, 4), [0, 3, 6])] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"rnn_dropout": 0.5, "dropout": 0.5}],
+                         ids=["default", "layer norm", "dropout"])  # fmt: skip
+def test_cell_takes_sequences_end_to_end(options):
+    cell = randomize(SRUCell(5, 4, bidirectional=True, **options))
+    x, c0, mask = normal(4, 2, 5), normal(2, 8, seed=2), torch.tensor([[0, 0], [0, 0], [1, 0], [1, 0]])
+
+    def end_to_end(x, c0):
+        h, c = cell(torch.cat([x[:2, 0], x[:, 1]]), c0, cu_seqlens=torch.tensor([0, 2, 6]))
+        return torch.stack([torch.cat([h[:2], torch.zeros(2, 8)]), h[2:]], 1), c
+
+    torch.manual_seed(0)
+    received = gradients_of(cell, end_to_end, x, c0)
+    torch.manual_seed(0)
+    assert_same(received, gradients_of(cell, lambda x, c0: cell(x, c0, mask), x, c0))
+
+
+@pytest.mark.parametrize(
+    ("cell", "x", "named", "message"),
+    [
+        (SRUCell(5, 4), torch.zeros(3, 2, 5), {}, "input must have two dimensions"),
+        (SRUCell(5, 4), torch.zeros(3, 5), {"mask_pad": torch.zeros(3)}, "without a mask_pad"),
+        (SRUCell(5, 4, custom_m=nn.Linear(5, 16)), torch.zeros(3, 5), {}, "without .* a custom_m"),
+        (SRUCell(5, 4), torch.zeros(4, 5), {}, "cu_seqlens must rise from 0 to total_steps = 4"),
+    ],
+    ids=["dimensions", "mask", "custom", "steps"],
+)
+def test_wrong_use_of_sequences_end_to_end_is_refused(cell, x, named, message):
+    with pytest.raises(ValueError, match=message):
+        cell(x, cu_seqlens=torch.tensor([0, 1, 3]), **named)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_proj": 3}, {"bidirectional": True}], ids=["plain", "projection", "both"])
+def test_few_rows_give_what_many_give(monkeypatch, options):
+    """For few rows U is put into the recurrence's order, for many the weight."""
+    cell = randomize(SRUCell(6, 8, **options))
+    x, c0 = normal(1, 7, 6), normal(7, cell.output_size, seed=2)
+    expected = gradients_of(cell, cell, x, c0)
+    monkeypatch.delattr(numsru.compat_cell, "gate_major")
+    with pytest.raises(NameError):
+        cell(x, c0)
+
+    def row_by_row(x, c0):
+        results = [cell(x[:, i : i + 1], c0[i : i + 1]) for i in range(7)]
+        return torch.cat([h for h, _ in results], 1), torch.cat([c for _, c in results])
+
+    assert_same(gradients_of(cell, row_by_row, x, c0), expected)
 
 
 EMPTY = {
@@ -739,7 +998,7 @@ def test_autocast_leaves_the_recurrence_in_float32(input_dtype):
 def test_repr_shows_what_is_not_the_default():
     text = repr(SRU(5, 4, 3, bidirectional=True, use_tanh=True, v1=True))
     assert "SRU(\n  5, 4, num_layers=3, bidirectional=True" in text
-    assert "SRUCell(5, 4, bidirectional=True, nonlinearity='tanh', rescale=False, v1=True" in text
+    assert "SRUCell(5, 4, bidirectional=True, activation='tanh', rescale=False, v1=True" in text
 
 
 def test_importing_numsru_does_not_import_compat():
@@ -967,24 +1226,29 @@ def test_impossible_conversion_is_refused(state_dict, options, message):
 def attention_by_hand(module, x, mask_pad=None, attn_mask=None, memory=None):
     """`SRUppAttention` from its documentation alone, one batch row and head at a time. mask_pad covers memory too."""
     L, d = x.shape[0], module.linear2.in_features // module.num_heads
+    norm = (lambda a: a) if module.layer_norm is None else module.layer_norm
+    before, after = (lambda a: a, norm) if module.normalize_after else (norm, lambda a: a)
     z = module.linear1(x if memory is None else torch.cat([memory, x]))
-    k, v = module.linear2(z).chunk(2, dim=2)
+    k, v = module.linear2(before(z)).chunk(2, dim=2)
     z = z[-L:]
-    y = torch.empty_like(z)
+    q, y = before(z), torch.empty_like(z)
     for b in range(x.shape[1]):
         for head in range(module.num_heads):
             part = slice(head * d, (head + 1) * d)
-            logits = z[:, b, part] @ k[:, b, part].t() / math.sqrt(d) + (0 if attn_mask is None else attn_mask)
+            logits = q[:, b, part] @ k[:, b, part].t() / math.sqrt(d) + (0 if attn_mask is None else attn_mask)
             if mask_pad is not None:
                 logits = logits.masked_fill(mask_pad[:, b], -math.inf)
             y[:, b, part] = module.alpha * logits.softmax(1) @ v[:, b, part] + z[:, b, part]
-    return module.linear3(module.layer_norm(y) if module.layer_norm is not None else y)
+    return module.linear3(after(y))
 
 
 CAUSAL = torch.full((4, 4), -math.inf).triu(1)
 
 
-@pytest.mark.parametrize("layer_norm", [True, False], ids=["layer norm", "no norm"])
+@pytest.mark.parametrize(
+    "norm", [{}, {"layer_norm": True}, {"layer_norm": True, "normalize_after": False}],
+    ids=["no norm", "norm behind", "norm in front"],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "given",
     [(), ("mask_pad",), ("attn_mask",), ("memory",), ("mask_pad", "attn_mask"),
@@ -992,8 +1256,8 @@ CAUSAL = torch.full((4, 4), -math.inf).triu(1)
     ids="-".join,
 )  # fmt: skip
 @pytest.mark.parametrize("num_heads", [1, 2])
-def test_attention_matches_its_equations(num_heads, given, layer_norm):
-    module = randomize(compat.SRUppAttention(5, 6, 4, num_heads, layer_norm=layer_norm))
+def test_attention_matches_its_equations(num_heads, given, norm):
+    module = randomize(compat.SRUppAttention(5, 6, 4, num_heads, **norm))
     x, memory = normal(4, 2, 5), normal(3, 2, 5, seed=2)
     arguments = {
         "mask_pad": torch.tensor([[0, 0], [0, 0], [0, 1], [0, 1]]).bool(),
@@ -1097,6 +1361,44 @@ def test_layer_without_attention_is_a_product_of_two_matrices():
     module = randomize(compat.SRUppProjectedLinear(5, 6, 4, layer_norm=True))
     x = normal(3, 2, 5)
     assert_same(module(x), module.linear2(module.layer_norm(module.linear1(x))))
+
+
+def test_arguments_of_the_attention_stand_where_the_official_package_has_them():
+    module = compat.SRUppAttention(5, 6, 4, 2, 0.1, 0.2, 0.5, True, False)
+    assert (module.num_heads, module.dropout.p, module.attn_dropout) == (2, 0.1, 0.2)
+    assert (module.alpha.tolist(), module.layer_norm is not None, module.normalize_after) == ([0.5], True, False)
+    with torch.no_grad():
+        module.alpha.fill_(7)
+    module.reset_parameters()
+    assert module.alpha.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("make", "last"),
+    [(lambda p: compat.SRUppAttention(60, 90, 80, dropout=p), "linear3"),
+     (lambda p: compat.SRUppProjectedLinear(60, 90, 80, dropout=p), "linear2")],
+    ids=["attention", "product"],
+)  # fmt: skip
+def test_dropout_makes_the_last_product_of_srupp_start_smaller(make, last):
+    expected = math.sqrt(6 / (80 + 90))
+    assert bound(getattr(make(0.0), last).weight.detach()) == expected
+    assert bound(getattr(make(0.75), last).weight.detach()) == expected / 2
+    assert bound(make(0.75).linear1.weight.detach()) == math.sqrt(6 / (60 + 80))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(lambda: SRU(60, 70, proj_input_to_hidden_first=True), 60**-0.5),
+     (lambda: SRUpp(60, 70, 4, proj_input_to_hidden_first=True), math.sqrt(6 / (60 + 70)))],
+    ids=["SRU", "SRUpp"],
+)  # fmt: skip
+def test_input_projection_starts_as_the_official_one_does(make, expected):
+    rnn = make()
+    assert bound(rnn.input_to_hidden.weight.detach()) == expected
+    with torch.no_grad():
+        rnn.input_to_hidden.weight.fill_(7)
+    rnn.reset_parameters()
+    assert bound(rnn.input_to_hidden.weight.detach()) == expected
 
 
 def test_srupp_starts_as_the_official_one_does():
