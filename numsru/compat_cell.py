@@ -214,8 +214,8 @@ class SRUCell(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """h and the final state of x, (L, B, in) or (total_steps, in)."""
         B = x.shape[1] if padding.cu_seqlens is None else len(padding.cu_seqlens) - 1
-        if c0 is not None and c0.shape != (B, self.output_size):
-            raise ValueError(f"c0 must have shape {(B, self.output_size)}, got {tuple(c0.shape)}")
+        if c0 is not None:
+            check_state(c0, (B, self.output_size))
         v = x
         if self.layer_norm is not None and not self.normalize_after:
             v = self.layer_norm(v)
@@ -359,6 +359,13 @@ def check_input(input: Tensor, size: int) -> None:
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if input.dim() not in (2, 3) or input.shape[-1] != size:
         raise ValueError(f"input must have shape (L, B, {size}) or (B, {size}), got {tuple(input.shape)}")
+
+
+def check_state(c0: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(c0, Tensor):
+        raise TypeError(f"c0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c0).__name__}")
+    if c0.shape != shape:
+        raise ValueError(f"c0 must have shape {shape}, got {tuple(c0.shape)}")
 
 
 def as_bool(mask_pad: Tensor | None, L: int, B: int, name: str = "mask_pad") -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .compat_cell import SRUCell, as_bool, check_input, check_one_name, repr_of
+from .compat_cell import SRUCell, as_bool, check_input, check_one_name, check_state, repr_of
 from .nn import check_sizes
 from .padding import Padding, compute_packed, compute_padded
 
@@ -94,11 +94,8 @@ class Stack(nn.Module):
         check_input(input, self.input_size)
         x = input if input.dim() == 3 else input.unsqueeze(0)
         L, B, _ = x.shape
-        padded, c0 = as_bool(mask_pad, L, B), self._checked_states(c0, B)
-        if self._takes_valid_steps:
-            h, c_n = compute_padded(layers, x, c0, Padding(mask_pad=padded))
-        else:
-            h, c_n = layers(x, c0, Padding(mask_pad=None if padded is None else padded.to(x.device)))
+        c0, padding = self._checked_states(c0, B), Padding(mask_pad=as_bool(mask_pad, L, B))
+        h, c_n = compute_padded(layers, x, c0, padding) if self._takes_valid_steps else layers(x, c0, padding)
         return h if input.dim() == 3 else h.squeeze(0), self._returned_states(c_n), inputs
 
     @property
@@ -136,13 +133,10 @@ class Stack(nn.Module):
         """c0 as (num_layers, B, D*H). What `nn_rnn_compatible_return` returns is taken as well."""
         if c0 is None:
             return None
-        if not isinstance(c0, Tensor):
-            raise TypeError(f"c0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c0).__name__}")
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        if self.nn_rnn_compatible_return and c0.shape == (n * D, B, H):
+        if self.nn_rnn_compatible_return and isinstance(c0, Tensor) and c0.shape == (n * D, B, H):
             c0 = c0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H)
-        if c0.shape != (n, B, D * H):
-            raise ValueError(f"c0 must have shape {(n, B, D * H)}, got {tuple(c0.shape)}")
+        check_state(c0, (n, B, D * H))
         return c0
 
     def _returned_states(self, c_n: Tensor) -> Tensor:

@@ -607,18 +607,18 @@ def test_values_on_a_device_are_not_waited_for(name, mask_device):
     assert c.shape == (2, 2, rnn.output_size)
 
 
-def test_mask_on_the_host_spares_a_device_the_padding(monkeypatch):
-    seen = []
+@pytest.mark.parametrize("name", ["SRU", "hooked"])
+def test_mask_on_the_host_spares_a_device_the_padding(monkeypatch, name):
+    rnn, seen = ON_DEVICE[name]().to("meta"), []
 
     def recurrence(u, *args, cu_seqlens, **options):
-        seen.append((u.shape, cu_seqlens.tolist()))
-        return u.new_empty(len(u), 8), u.new_empty(2, 8)
+        seen.append((len(u), u.device.type, cu_seqlens.tolist()))
+        return u.new_empty(6, rnn.output_size), u.new_empty(2, rnn.output_size)
 
     monkeypatch.setattr(numsru.compat_cell, "sru_recurrence", recurrence)
-    rnn = ON_DEVICE["SRU"]().to("meta")
     h, _ = rnn(torch.zeros(4, 2, 5, device="meta"), mask_pad=torch.eye(4, 2))
-    assert h.shape == (4, 2, 8)
-    assert seen == [((6, 2, 3, 4), [0, 3, 6])] * 2
+    assert h.shape == (4, 2, rnn.output_size)
+    assert seen == [(6, "meta", [0, 3, 6])] * 2
 
 
 @pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"rnn_dropout": 0.5, "dropout": 0.5}],
@@ -1039,10 +1039,11 @@ X = torch.zeros(3, 2, 5)
         ((torch.zeros(3, 2, 4),), ValueError, r"input must have shape \(L, B, 5\) or \(B, 5\), got \(3, 2, 4\)"),
         ((X, (X, X)), TypeError, "c0 must be a Tensor .*got tuple"),
         ((X, torch.zeros(4, 2, 4)), ValueError, r"c0 must have shape \(2, 2, 8\), got \(4, 2, 4\)"),
+        ((X, None, [0, 0]), TypeError, "mask_pad must be a Tensor, got list"),
         ((X, None, torch.zeros(2, 3)), ValueError, r"mask_pad must have shape \(3, 2\), got \(2, 3\)"),
         ((pack_padded_sequence(X, [3, 3]), None, torch.zeros(3, 2)), ValueError, "brings its own lengths"),
     ],
-    ids=["list", "one dimension", "features", "two states", "states of torch", "mask shape", "mask beside packed"],
+    ids=["list", "one dimension", "features", "two states", "states of torch", "mask list", "mask shape", "packed"],
 )
 def test_wrong_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
@@ -1050,6 +1051,8 @@ def test_wrong_input_is_refused(arguments, error, message):
 
 
 def test_state_of_a_cell_is_checked():
+    with pytest.raises(TypeError, match=r"c0 must be a Tensor .*got tuple"):
+        SRUCell(5, 4)(X, (X, X))
     with pytest.raises(ValueError, match=r"c0 must have shape \(2, 4\), got \(1, 2, 4\)"):
         SRUCell(5, 4)(X, torch.zeros(1, 2, 4))
 
