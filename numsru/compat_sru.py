@@ -168,7 +168,9 @@ class SRU(Stack):
     Inputs: `input, c0=None, mask_pad=None`
         - **input**: `(L, B, input_size)`, `(B, input_size)` for one step, or a `PackedSequence`.
         - **c0**: initial states, `(num_layers, B, D*H)`. Default: zeros.
-        - **mask_pad**: not 0 at padding, `(L, B)`, any dtype.
+        - **mask_pad**: not 0 at padding, `(L, B)`, any dtype, on the CPU or the input's device.
+
+        Of a PackedSequence, and where `mask_pad` is on the CPU, only valid steps are computed, without a `custom_m`.
 
     Outputs: `h, c`
         - **h**: as the input, with `D*H` features; 0 at padding.

@@ -440,13 +440,15 @@ def test_mask_of_any_dtype_marks_padding(dtype):
     assert not h[mask].any()
 
 
+@pytest.mark.parametrize("mask_is_on", ["host", "device"])
 @pytest.mark.parametrize("normalize_after", [False, True], ids=["pre", "post"])
 @pytest.mark.parametrize("project_first", [False, True], ids=["", "projected first"])
 @pytest.mark.parametrize("make", [
     lambda **n: SRU(5, 4, bidirectional=True, layer_norm=True, **n),
     lambda **n: SRUpp(5, 4, 4, bidirectional=True, layer_norm=True, **n),
 ], ids=["SRU", "SRUpp"])  # fmt: skip
-def test_what_padding_holds_changes_nothing(make, project_first, normalize_after):
+def test_what_padding_holds_changes_nothing(monkeypatch, make, project_first, normalize_after, mask_is_on):
+    monkeypatch.setattr(numsru.padding, "is_on_host", lambda a: mask_is_on == "host")
     rnn = randomize(make(normalize_after=normalize_after, proj_input_to_hidden_first=project_first))
     mask = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1], [1, 0, 0, 1]]).bool()
     x = normal(3, 4, 5)
