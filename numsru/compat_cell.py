@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import check_cu_seqlens, sru_recurrence
+from .autograd import sru_recurrence
 from .compat_convert import gate_major
 from .nn import check_probabilities, check_sizes, highway_scale
 from .padding import Padding, compute_padded
@@ -191,7 +191,6 @@ class SRUCell(nn.Module):
         check_input(input, self.input_size)
         if input.dim() != 2 or mask_pad is not None or self._custom is not None:
             raise ValueError("with cu_seqlens, input must have two dimensions, without a mask_pad or a custom_m")
-        check_cu_seqlens(cu_seqlens, len(input), input.device)
         return self._layer(input, c0, Padding(cu_seqlens=cu_seqlens))
 
     def _forward_padded(
