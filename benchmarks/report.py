@@ -1,0 +1,218 @@
+"""Results as text, files and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .points import parse
+
+DPI = 120
+COLOURS = {
+    "numsru.SRU": "black",
+    "nn.LSTM": "tab:blue",
+    "nn.GRU": "tab:cyan",
+    "Conv1d k=2": "tab:olive",
+    "Conv1d k=3": "tab:green",
+    "F.linear": "tab:orange",
+    "conv 1x1": "tab:brown",
+    "torch loop": "tab:red",
+    "compiled loop": "tab:pink",
+    "compiled scan": "tab:purple",
+    "sequential kernel": "tab:gray",
+}
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that is also aligned: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    ruler = ["-" * max(3, widths[0]), *("-" * max(2, w - 1) + ":" for w in widths[1:])]
+
+    def line(cells: list[str]) -> str:
+        padded = [cell.rjust(len(dashes)) for cell, dashes in zip(cells, ruler, strict=True)]
+        return "| " + " | ".join([cells[0].ljust(len(ruler[0])), *padded[1:]]) + " |"
+
+    return "\n".join(map(line, [header, ruler, *rows])) + "\n"
+
+
+def times_table(entries: list[dict[str, Any]], key: str, unit: float) -> str:
+    """A row for each entry, named by `key`; medians, multiplied by `unit`, and ratios of all contestants."""
+    names = list(dict.fromkeys(name for e in entries for name in e["times"]))
+
+    def cell(e: dict[str, Any], name: str) -> str:
+        if name not in e["times"]:
+            return ""
+        return f"{number(e['times'][name]['median'] * unit)} ({e['ratios'][name]:.2f})"
+
+    return table([key, *names], [[e[key], *(cell(e, name) for name in names)] for e in entries])
+
+
+def line(entry: dict[str, Any], base: str) -> str:
+    """One entry while the measurement runs."""
+    median = entry["times"][base]["median"]
+    others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in entry["ratios"].items() if name != base)
+    return f"{entry['point']}, {entry['pass']}: {base} {number(median * 1e3)} ms; ratios: {others}"
+
+
+def page(title: str, result: dict[str, Any], tables: str) -> str:
+    """Title, what it was measured on and with, tables."""
+    machine, settings = result["machine"], result["settings"]
+    where = [f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}"]
+    if "gpu" in machine:
+        where.insert(0, f"{machine['gpu']['name']}, driver {machine['gpu']['driver']}")
+    packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    threads = ", ".join(f"{name} {value}" for name, value in settings["threads"].items())
+    lines = [f"# {title}", "", f"- {'; '.join(where)}", f"- {packages}"]
+    lines += [f"- {result['date']}; {settings['dtype']}; threads: {threads}", ""]
+    return "\n".join(lines) + "\n" + tables
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a file beside `path` and put it there when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    save(part)
+    os.replace(part, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_plot(path: Path, plot: Figure) -> None:
+    write(path, lambda part: plot.savefig(part, format="png", dpi=DPI))
+
+
+def replace_between(path: Path, marker: str, text: str) -> None:
+    """Put text in place of what stands between `<!-- marker -->` and `<!-- end of marker -->` on a page.
+
+    Raises:
+        ValueError: If the page does not have both.
+    """
+    page = path.read_text(encoding="utf-8")
+    start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+    if start not in page or end not in page:
+        raise ValueError(f"{path} must hold {start.strip()!r} and {end!r}")
+    before, after = page.split(start)[0], page.split(end)[1]
+    write_text(path, f"{before}{start}{text}{end}{after}")
+
+
+def plot_ratios(result: dict[str, Any]) -> Figure:
+    """Time of each contestant over that of numsru.SRU, at every point."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, name in zip(panels, ("forward", "forward+backward"), strict=True):
+        entries = [e for e in result["layers"] if e["pass"] == name]
+        for contestant in dict.fromkeys(c for e in entries for c in e["ratios"]):
+            found = [(i, e["ratios"][contestant]) for i, e in enumerate(entries) if contestant in e["ratios"]]
+            style = {"color": COLOURS.get(contestant.removesuffix(", graphed")), "label": contestant}
+            panel.plot(*zip(*found, strict=True), marker="x" if "graphed" in contestant else "o", linestyle="", **style)
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_xticks(range(len(entries)), [e["point"] for e in entries], rotation=60, ha="right")
+        panel.set(title=name, yscale="log")
+        panel.grid(axis="y", which="both", alpha=0.3)
+    panels[0].set_ylabel("time ÷ time of numsru.SRU")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.suptitle(_title(result))
+    return figure
+
+
+def plot_times(result: dict[str, Any]) -> Figure | None:
+    """Time against L, a panel for each batch size and d that was measured at several L; None if there is none."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for entry in result["layers"]:
+        point = parse(entry["point"])
+        if point.num_layers == 1 and point.input_size == point.output_size:
+            groups.setdefault((point.B, point.input_size), []).append(entry)
+    groups = {key: entries for key, entries in groups.items() if len({e["point"] for e in entries}) > 1}
+    if not groups:
+        return None
+    figure = Figure(figsize=(3.2 * len(groups) + 2, 7), layout="constrained")
+    panels = figure.subplots(2, len(groups), squeeze=False, sharex=True)
+    for column, ((B, d), entries) in enumerate(groups.items()):
+        for panel, name in zip(panels[:, column], ("forward", "forward+backward"), strict=True):
+            of_pass = sorted((e for e in entries if e["pass"] == name), key=lambda e: parse(e["point"]).L)
+            for contestant in dict.fromkeys(c for e in of_pass for c in e["times"]):
+                found = [(parse(e["point"]).L, e["times"][contestant]["median"] * 1e3)
+                         for e in of_pass if contestant in e["times"]]  # fmt: skip
+                dashed = "--" if "graphed" in contestant else "-"
+                colour = COLOURS.get(contestant.removesuffix(", graphed"))
+                panel.plot(*zip(*found, strict=True), dashed, marker=".", color=colour, label=contestant)
+            panel.set(xscale="log", yscale="log", title=f"B = {B}, d = {d}, {name}")
+            panel.grid(which="both", alpha=0.3)
+        panels[1, column].set_xlabel("L")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("ms")
+    panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.suptitle(_title(result))
+    return figure
+
+
+def plot_ceiling(result: dict[str, Any]) -> Figure:
+    """The recurrence alone: bytes per second beside those of copies, and as a fraction of an equal copy's."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    rates, fractions = figure.subplots(1, 2)
+    copies = result["ceilings"]["copy"]
+    rates.plot(
+        [c["bytes"] for c in copies], [c["bytes_per_second"] / 1e9 for c in copies], color="tab:gray", label="copy"
+    )
+    for direction, marker in (("forward", "o"), ("backward", "s")):
+        for contestant, colour in (("numsru", "black"), ("sequential kernel", "tab:red")):
+            found = [e for e in result["recurrence"] if e["pass"] == direction and contestant in e["times"]]
+            size = [e["bytes"] for e in found]
+            rate = [e["times"][contestant]["bytes_per_second"] / 1e9 for e in found]
+            label = f"{contestant}, {direction}"
+            rates.plot(size, rate, marker, color=colour, label=label, markerfacecolor="none")
+            fraction = [1 / e["ratios"][contestant] for e in found]
+            fractions.plot(size, fraction, marker, color=colour, label=label, markerfacecolor="none")
+    fractions.axhline(1, color="tab:gray", linewidth=0.8)
+    for panel in (rates, fractions):
+        panel.set(xscale="log", xlabel="bytes that must be moved")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    rates.set_ylabel("GB/s")
+    fractions.set_ylabel("fraction of an equal copy's rate")
+    rates.legend(fontsize="small")
+    figure.suptitle(_title(result))
+    return figure
+
+
+def plot_bars(result: dict[str, Any], *, log: bool) -> Figure:
+    """A panel for each point; bars of all contestants, forward and forward+backward."""
+    points = list(dict.fromkeys(e["point"] for e in result["entries"]))
+    figure = Figure(figsize=(6.5 * len(points), 4.5), layout="constrained")
+    for panel, point in zip(figure.subplots(1, len(points), squeeze=False)[0], points, strict=True):
+        entries = [e for e in result["entries"] if e["point"] == point]
+        names = list(entries[0]["times"])
+        for i, entry in enumerate(entries):
+            medians = [entry["times"][name]["median"] * 1e3 if name in entry["times"] else 0 for name in names]
+            at = [j + 0.4 * (0.5 - i) for j in range(len(names))]
+            bars = panel.barh(at, medians, height=0.38, label=entry["pass"])
+            panel.bar_label(bars, [number(m) if m else "" for m in medians], padding=2, fontsize="small")
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()
+        panel.set(title=point, xlabel="ms", xscale="log" if log else "linear")
+        panel.margins(x=0.12)
+        panel.legend(fontsize="small", loc="lower right")
+    figure.suptitle(_title(result))
+    return figure
+
+
+def _title(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    name = machine["gpu"]["name"] if "gpu" in machine else f"{machine['processor']}, {machine['cores']} cores"
+    return f"{name}; {result['settings']['dtype']}; torch {result['versions']['torch']}"
