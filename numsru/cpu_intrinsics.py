@@ -31,31 +31,75 @@ def _annotate(builder: Any, instruction: Any, scope: int) -> None:
     instruction.set_metadata("noalias", module.add_metadata([s for i, s in enumerate(scopes) if i != scope]))
 
 
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a plain function callable from kernels, inlined; constants among its arguments stay constants in it."""
+    overload(function, jit_options={"forceinline": True}, strict=False, prefer_literal=True)(lambda *args: function)
+    return function
+
+
+# Floats of 16 bits are computed with in float32. Numba has no bfloat16; uint16 stands for it.
+BFLOAT16 = np.uint16
+_BFLOAT16 = types.uint16
+_FLOAT_OF_16_BITS = (types.float16, _BFLOAT16)
+
+
+def _pointer(context: Any, builder: Any, address: Any, index: Any, element: Any) -> Any:
+    if element == types.float16:
+        in_memory = ir.HalfType()
+    elif element == _BFLOAT16:
+        in_memory = ir.IntType(16)
+    else:
+        in_memory = context.get_data_type(element)
+    return builder.gep(builder.inttoptr(address, in_memory.as_pointer()), [index])
+
+
 @intrinsic(prefer_literal=True)
 def load(typingctx: Any, address: Any, index: Any, dtype: Any, scope: Any) -> Any:
-    """`((dtype*) address)[index]`. `scope` is a constant, see `N_SCOPES`."""
+    """`((dtype*) address)[index]`; of 16-bit floats as float32. `scope` is a constant, see `N_SCOPES`."""
     element = dtype.dtype
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], context.get_data_type(element).as_pointer())
-        value = builder.load(builder.gep(pointer, [args[1]]))
+        value = builder.load(_pointer(context, builder, args[0], args[1], element))
         _annotate(builder, value, scope.literal_value)
+        if element == types.float16:
+            return builder.fpext(value, ir.FloatType())
+        if element == _BFLOAT16:  # the upper half of a float32
+            i32 = ir.IntType(32)
+            return builder.bitcast(builder.shl(builder.zext(value, i32), i32(16)), ir.FloatType())
         return value
 
-    return element(types.int64, types.int64, dtype, scope), codegen
+    result = types.float32 if element in _FLOAT_OF_16_BITS else element
+    return result(types.int64, types.int64, dtype, scope), codegen
 
 
 @intrinsic(prefer_literal=True)
-def store(typingctx: Any, address: Any, index: Any, value: Any, scope: Any) -> Any:
-    """`((type of value*) address)[index] = value`. `scope` is a constant, see `N_SCOPES`."""
-    element = types.unliteral(value)
+def store(typingctx: Any, address: Any, index: Any, value: Any, dtype: Any, scope: Any) -> Any:
+    """`((dtype*) address)[index] = value`, rounded to the nearest of 16 bits. `scope` is a constant, see `N_SCOPES`."""
+    element = dtype.dtype
+    given = types.float32 if element in _FLOAT_OF_16_BITS else element
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], context.get_data_type(element).as_pointer())
-        _annotate(builder, builder.store(args[2], builder.gep(pointer, [args[1]])), scope.literal_value)
+        value = args[2]
+        if element == types.float16:
+            value = builder.fptrunc(value, ir.HalfType())
+        elif element == _BFLOAT16:
+            value = _upper_half(builder, value)
+        pointer = _pointer(context, builder, args[0], args[1], element)
+        _annotate(builder, builder.store(value, pointer), scope.literal_value)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, element, scope), codegen
+    return types.void(types.int64, types.int64, given, dtype, scope), codegen
+
+
+def _upper_half(builder: Any, value: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, of two equally near the even one. NaN stays NaN."""
+    i16, i32 = ir.IntType(16), ir.IntType(32)
+    bits = builder.bitcast(value, i32)
+    odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+    rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
+    quiet = builder.or_(bits, i32(0x400000))
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, i32(16)), i16)
 
 
 @intrinsic
@@ -151,4 +195,4 @@ overload(recurrence.sigmoid, strict=False)(
 )
 
 for _function in recurrence.COMPOSED:
-    register_jitable(_function)
+    inlined(_function)

@@ -1,26 +1,31 @@
 """The CPU kernels, forward and backward, and the host functions that allocate their results and run them.
 
 A kernel goes through time; at each step it goes through the rows of its task (a row is one batch row in one
-direction) and along the units of a row, a loop that LLVM turns into vector instructions. No row depends on another,
+direction) and along the units of a row, in blocks that LLVM turns into vector instructions. No row depends on another,
 so tasks may run on any thread in any order and the result has the same bits.
 
-Kernels take one argument, the address of an array of 64-bit words: addresses and sizes, in the order in which the
-host functions list them.
+For backward the state is kept at every eighth step only; backward computes those between again.
+
+A kernel's one argument is the address of 64-bit words, addresses and numbers, in the order in which `launch` packs
+them. A launch may cover a part of the time and one of two directions; the state stands in c_n, before and after.
 """
 
 import ctypes
 import functools
+import hashlib
 import pathlib
+import struct
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import cfunc, types
-from numba.extending import register_jitable
 from torch import Tensor
 
-from .cpu_intrinsics import READ, fetch_add, load, store
+from . import cpu_intrinsics, recurrence
+from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, store
 from .recurrence import (
     LENGTHS,
     MASK,
@@ -35,220 +40,366 @@ from .recurrence import (
 )
 
 # Alias scopes of what the kernels write, see cpu_intrinsics: each is a separate piece of memory.
-C, C_N, H_OUT, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET = range(1, 7)
-GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R = range(7, 13)
+C, H_OUT, SAVED, FORGET, STATES, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET = range(1, 9)
+GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R = range(9, 15)
 
-# a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
-_compile = cfunc(types.void(types.int64), error_model="numpy", fastmath={"contract"})
+WIDTH = 16  # units of a block: one vector of float32, or two or four, as wide as the processor has them
+TILE = 8  # steps from one state that is kept to the next
 
 
-@register_jitable
+@inlined
 def _word(args, i):
     return load(args, i, np.int64, READ)
 
 
-@register_jitable
+@inlined
 def _next_task(args):
     """Take the next block of work: first row, row after the last, first unit, number of units. No rows: all is done."""
     task = fetch_add(args, 1)
     n_tasks, rows_per_task, units_per_task = _word(args, 1), _word(args, 2), _word(args, 3)
-    rows, H = _word(args, 5), _word(args, 7)
+    rows, H = _word(args, 7) * _word(args, 11), _word(args, 9)
     if task >= n_tasks:
-        return 0, 0, 0, 0
+        return task, 0, 0, 0, 0
     row_blocks = (rows + rows_per_task - 1) // rows_per_task
     row, unit = task % row_blocks * rows_per_task, task // row_blocks * units_per_task
-    return row, min(row + rows_per_task, rows), unit, min(units_per_task, H - unit)
+    return task, row, min(row + rows_per_task, rows), unit, min(units_per_task, H - unit)
 
 
-@register_jitable
-def _count_steps(valid, padding, b, L):
-    """Steps that batch row b takes in either direction; those of padding only where it may stand anywhere."""
+@inlined
+def _row_steps(valid, padding, b, first, end, L):
+    """Where the sequence of batch row b begins, its steps in all, and from where to where the launch covers them.
+
+    Steps of padding count only where it may stand anywhere.
+    """
+    begin, total = 0, L
     if padding == LENGTHS:
-        return load(valid, b, np.int64, READ)
-    if padding == PACKED:
-        return load(valid, b + 1, np.int64, READ) - load(valid, b, np.int64, READ)
-    return L
+        total = load(valid, b, np.int64, READ)
+    elif padding == PACKED:
+        begin = load(valid, b, np.int64, READ)
+        total = load(valid, b + 1, np.int64, READ) - begin
+    return begin, total, min(max(first - begin, 0), total), min(max(end - begin, 0), total)
 
 
-@register_jitable
-def _position(valid, padding, t, b, B):
+@inlined
+def _position(padding, begin, t, b, B):
     """Where step t of batch row b stands among all steps of all rows."""
-    if padding == PACKED:
-        return load(valid, b, np.int64, READ) + t
-    return t * B + b
+    return begin + t if padding == PACKED else t * B + b
 
 
-@register_jitable
-def _slot(valid, padding, s, b, B, save_c):
-    """Where c holds the state of batch row b before its s-th step. What is not saved takes turns in two slots."""
-    if not save_c:
-        return s % 2 * B + b
-    return _position(valid, padding, s, b, B) + (b if padding == PACKED else 0)
+@inlined
+def _saved_at(padding, begin, tile, b, B):
+    """Where the state at the start of a tile is kept: distinct for all tiles of all rows."""
+    return begin // TILE + b + tile if padding == PACKED else tile * B + b
+
+
+@inlined
+def _put(address, j, value, dtype, scope, fresh):
+    """Store, unless the element has been dealt with."""
+    old = load(address, j, dtype, scope)
+    store(address, j, value if fresh else old, dtype, scope)
+
+
+@inlined
+def _start_of_block(block, units):
+    """The last block of a row ends with it, so that it is as long as all others; some of it has been dealt with."""
+    return max(min(block * WIDTH, units - WIDTH), 0)
+
+
+@inlined
+def _fill(address, n, value, dtype, scope):
+    for j in range(n):
+        store(address, j, value, dtype, scope)
+
+
+@inlined
+def _copy(to, to_scope, source, source_scope, n, real):
+    for j in range(n):
+        store(to, j, load(source, j, real, source_scope), real, to_scope)
+
+
+@inlined
+def _skip_input(u, x, j, H, scale_x, storage, real, skip_kind):
+    if skip_kind == SKIP_INPUT:
+        return scale_x * load(x, j, storage, READ)
+    if skip_kind == SKIP_PROJECTED:
+        return load(u, 3 * H + j, storage, READ)
+    return real(0)
+
+
+@inlined
+def _forward_unit(
+    j, fresh, H, u, x, scale_x, bias, weight_c, mask_c, c, h, storage, real, version, nonlinearity, placement,
+    skip_kind, has_mask_c,
+):  # fmt: skip
+    c_j = load(c, j, real, C)
+    weight_f = load(weight_c, j, real, READ) if version == 2 else real(0)
+    weight_r = load(weight_c, H + j, real, READ) if version == 2 else real(0)
+    mask = load(mask_c, j, real, READ) if has_mask_c else real(1)
+    skip = _skip_input(u, x, j, H, scale_x, storage, real, skip_kind)
+    f = gate(load(u, H + j, storage, READ), load(bias, j, real, READ), weight_f, c_j, version)
+    r = gate(load(u, 2 * H + j, storage, READ), load(bias, H + j, real, READ), weight_r, c_j, version)
+    c_j = next_state(f, load(u, j, storage, READ), c_j)
+    _put(c, j, c_j, real, C, fresh)
+    _put(h, j, output(c_j, r, skip, mask, nonlinearity, placement), storage, H_OUT, fresh)
 
 
 @functools.cache
-def _forward_kernel(options: Options, real: Any) -> Any:
-    """Writes h, c and c_n."""
+def _forward_kernel(options: Options, storage: Any) -> Any:
+    """Writes h and, with `save_c`, the state at the start of every tile; takes c_n from the first step to the last."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, save_c = options
-    parts, size = options.parts, np.dtype(real).itemsize
+    parts, real, size, stored = options.parts, _real(storage), _itemsize(_real(storage)), _itemsize(storage)
 
-    @_compile
     def forward(args):
-        L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
-        scale_x, u, x, bias = real(load(args, 8, np.float64, READ)), _word(args, 9), _word(args, 10), _word(args, 11)
-        weight_c, c_0, mask_c, valid = _word(args, 12), _word(args, 13), _word(args, 14), _word(args, 15)
-        h, c, c_n = _word(args, 16), _word(args, 17), _word(args, 18)
-        B = rows // D
+        first, end, L, B, D, H = (
+            _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7), _word(args, 8), _word(args, 9),
+        )  # fmt: skip
+        first_direction, directions = _word(args, 10), _word(args, 11)
+        scale_x = real(load(args, 12, np.float64, READ))
+        u, x, bias, weight_c, mask_c = (
+            _word(args, 13), _word(args, 14), _word(args, 15), _word(args, 16), _word(args, 17),
+        )  # fmt: skip
+        valid, c_n, h, saved = _word(args, 18), _word(args, 19), _word(args, 20), _word(args, 21)
         while True:
-            first_row, end_row, first_unit, units = _next_task(args)
+            _, first_row, end_row, unit, units = _next_task(args)
             if first_row == end_row:
                 return
-            for row in range(first_row, end_row):
-                b, d, at = row // D, row % D, row * H + first_unit
-                c_next = c + ((_slot(valid, padding, 0, b, B, save_c) * D + d) * H + first_unit) * size
-                for j in range(units):
-                    store(c_next, j, load(c_0 + at * size, j, real, READ) if c_0 else real(0), C)
+            blocks = (units + WIDTH - 1) // WIDTH
             # Sequences end to end go through time one after the other, the rows of a batch together.
             together = 1 if padding == PACKED else end_row - first_row
-            for first in range(first_row, end_row, together):
-                longest = _count_steps(valid, padding, first // D, L) if padding == PACKED else L
+            for group in range(first_row, end_row, together):
+                longest = end - first
+                if padding == PACKED:
+                    _, _, low, high = _row_steps(valid, padding, group // directions, first, end, L)
+                    longest = high - low
                 for s in range(longest):
-                    for row in range(first, first + together):
-                        b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
-                        if s >= steps:
+                    for row in range(group, group + together):
+                        b, d = row // directions, first_direction + row % directions
+                        begin, total, low, high = _row_steps(valid, padding, b, first, end, L)
+                        if s >= high - low:
                             if padding == LENGTHS:
-                                h_row = h + ((s * B + b) * D * H + d * H + first_unit) * size
-                                for j in range(units):
-                                    store(h_row, j, real(0), H_OUT)
+                                at = ((_position(padding, begin, first + s, b, B) * D + d) * H + unit) * stored
+                                _fill(h + at, units, real(0), storage, H_OUT)
                             continue
-                        t = steps - 1 - s if d == 1 else s
-                        position = _position(valid, padding, t, b, B)
-                        at = (position * D + d) * H + first_unit
-                        h_row = h + at * size
-                        c_prev = c + ((_slot(valid, padding, s, b, B, save_c) * D + d) * H + first_unit) * size
-                        c_next = c + ((_slot(valid, padding, s + 1, b, B, save_c) * D + d) * H + first_unit) * size
+                        k = total - high + s if d == 1 else low + s  # steps that this direction took before
+                        position = _position(padding, begin, total - 1 - k if d == 1 else k, b, B)
+                        at = ((position * D + d) * H + unit) * stored
+                        c = c_n + ((b * D + d) * H + unit) * size
+                        if save_c and k % TILE == 0:
+                            tile = _saved_at(padding, begin, k // TILE, b, B)
+                            _copy(saved + ((tile * D + d) * H + unit) * size, SAVED, c, C, units, real)
                         if padding == MASK and load(valid, position, np.uint8, READ) != 0:
-                            for j in range(units):
-                                store(c_next, j, load(c_prev, j, real, C), C)
-                                store(h_row, j, real(0), H_OUT)
+                            _fill(h + at, units, real(0), storage, H_OUT)
                             continue
-                        u_row = u + ((position * D + d) * parts * H + first_unit) * size
-                        x_row, mask_row = x + at * size, mask_c + (row * H + first_unit) * size
-                        gate_row = (d * 2 * H + first_unit) * size
-                        for j in range(units):
-                            c_j = load(c_prev, j, real, C)
-                            weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
-                            weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
-                            mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
-                            skip = real(0)
-                            if skip_kind == SKIP_INPUT:
-                                skip = scale_x * load(x_row, j, real, READ)
-                            elif skip_kind == SKIP_PROJECTED:
-                                skip = load(u_row, 3 * H + j, real, READ)
-                            bias_f, bias_r = (
-                                load(bias + gate_row, j, real, READ),
-                                load(bias + gate_row, H + j, real, READ),
-                            )
-                            f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
-                            r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
-                            c_j = next_state(f, load(u_row, j, real, READ), c_j)
-                            store(c_next, j, c_j, C)
-                            store(h_row, j, output(c_j, r, skip, mask, nonlinearity, placement), H_OUT)
-            for row in range(first_row, end_row):
-                b, d, at = row // D, row % D, row * H + first_unit
-                last = _slot(valid, padding, _count_steps(valid, padding, b, L), b, B, save_c)
-                c_prev = c + ((last * D + d) * H + first_unit) * size
-                for j in range(units):
-                    store(c_n + at * size, j, load(c_prev, j, real, C), C_N)
+                        u_row = u + ((position * directions + d - first_direction) * parts * H + unit) * stored
+                        gates, state = (d * 2 * H + unit) * size, ((b * D + d) * H + unit) * size
+                        for block in range(blocks):
+                            j = _start_of_block(block, units)
+                            if j + WIDTH <= units and j == block * WIDTH:
+                                for i in range(WIDTH):
+                                    _forward_unit(
+                                        j + i, True, H, u_row, x + at, scale_x, bias + gates, weight_c + gates,
+                                        mask_c + state, c, h + at, storage, real, version, nonlinearity, placement,
+                                        skip_kind, has_mask_c,
+                                    )  # fmt: skip
+                            else:
+                                for i in range(min(units, WIDTH)):
+                                    _forward_unit(
+                                        j + i, j + i >= block * WIDTH, H, u_row, x + at, scale_x, bias + gates,
+                                        weight_c + gates, mask_c + state, c, h + at, storage, real, version,
+                                        nonlinearity, placement, skip_kind, has_mask_c,
+                                    )  # fmt: skip
 
-    return forward
+    return _compile(forward, options, storage)
+
+
+@inlined
+def _state_unit(j, fresh, H, u, bias, weight_c, c, forget, state, storage, real, version):
+    """One step of the state, kept together with its forget gate."""
+    c_j = load(c, j, real, C)
+    weight_f = load(weight_c, j, real, READ) if version == 2 else real(0)
+    f = gate(load(u, H + j, storage, READ), load(bias, j, real, READ), weight_f, c_j, version)
+    c_j = next_state(f, load(u, j, storage, READ), c_j)
+    _put(c, j, c_j, real, C, fresh)
+    _put(forget, j, f, real, FORGET, fresh)
+    _put(state, j, c_j, real, STATES, fresh)
+
+
+@inlined
+def _backward_unit(
+    j, fresh, H, u, x, scale_x, bias, weight_c, mask_c, forget, state, c_prev, grad_h, grad_c, grad_u,
+    grad_x, sum_bias, sum_weight_c, storage, real, version, nonlinearity, placement, skip_kind, has_mask_c,
+):  # fmt: skip
+    c_j = load(c_prev, j, real, STATES)
+    weight_f = load(weight_c, j, real, READ) if version == 2 else real(0)
+    weight_r = load(weight_c, H + j, real, READ) if version == 2 else real(0)
+    mask = load(mask_c, j, real, READ) if has_mask_c else real(1)
+    skip = _skip_input(u, x, j, H, scale_x, storage, real, skip_kind)
+    r = gate(load(u, 2 * H + j, storage, READ), load(bias, H + j, real, READ), weight_r, c_j, version)
+    grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev = backward_step(
+        load(grad_h, j, storage, READ), load(grad_c, j, real, GRAD_C), load(state, j, real, STATES), c_j,
+        load(forget, j, real, FORGET), r, load(u, j, storage, READ), skip, mask, weight_f, weight_r, version,
+        nonlinearity, placement,
+    )  # fmt: skip
+    _put(grad_c, j, grad_c_prev, real, GRAD_C, fresh)
+    _put(grad_u, j, grad_candidate, storage, GRAD_CANDIDATE, fresh)
+    _put(grad_u, H + j, grad_forget, storage, GRAD_FORGET, fresh)
+    _put(grad_u, 2 * H + j, grad_reset, storage, GRAD_RESET, fresh)
+    if skip_kind == SKIP_INPUT:
+        _put(grad_x, j, scale_x * grad_skip, storage, GRAD_SKIP, fresh)
+    elif skip_kind == SKIP_PROJECTED:
+        _put(grad_u, 3 * H + j, grad_skip, storage, GRAD_SKIP, fresh)
+    _put(sum_bias, j, load(sum_bias, j, real, BIAS_F) + grad_forget, real, BIAS_F, fresh)
+    _put(sum_bias, H + j, load(sum_bias, H + j, real, BIAS_R) + grad_reset, real, BIAS_R, fresh)
+    if version == 2:
+        sum_f, sum_r = load(sum_weight_c, j, real, WEIGHT_F), load(sum_weight_c, H + j, real, WEIGHT_R)
+        _put(sum_weight_c, j, sum_f + grad_forget * c_j, real, WEIGHT_F, fresh)
+        _put(sum_weight_c, H + j, sum_r + grad_reset * c_j, real, WEIGHT_R, fresh)
 
 
 @functools.cache
-def _backward_kernel(options: Options, real: Any) -> Any:
-    """Writes grad_u and grad_x, carries grad_c from the last step to the first in place, adds up the gates' sums."""
-    version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
-    parts, size = options.parts, np.dtype(real).itemsize
+def _backward_kernel(options: Options, storage: Any) -> Any:
+    """Writes grad_u and grad_x, takes grad_c from the last step to the first, adds up the gates' sums of each row.
 
-    @_compile
+    u holds all directions and all of the time, grad_u those of the launch.
+    """
+    version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
+    parts, real, size, stored = options.parts, _real(storage), _itemsize(_real(storage)), _itemsize(storage)
+
     def backward(args):
-        L, rows, D, H = _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7)
-        scale_x, u, x, bias = real(load(args, 8, np.float64, READ)), _word(args, 9), _word(args, 10), _word(args, 11)
-        weight_c, mask_c, valid, c = _word(args, 12), _word(args, 13), _word(args, 14), _word(args, 15)
-        grad_h, grad_c, grad_u, grad_x = _word(args, 16), _word(args, 17), _word(args, 18), _word(args, 19)
-        sum_bias, sum_weight_c = _word(args, 20), _word(args, 21)
-        B = rows // D
+        first, end, L, B, D, H = (
+            _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7), _word(args, 8), _word(args, 9),
+        )  # fmt: skip
+        first_direction, directions = _word(args, 10), _word(args, 11)
+        scale_x = real(load(args, 12, np.float64, READ))
+        u, x, bias, weight_c, mask_c = (
+            _word(args, 13), _word(args, 14), _word(args, 15), _word(args, 16), _word(args, 17),
+        )  # fmt: skip
+        valid, saved, grad_h, grad_c_n = _word(args, 18), _word(args, 19), _word(args, 20), _word(args, 21)
+        grad_u, grad_x, sums_bias, sums_weight_c = _word(args, 22), _word(args, 23), _word(args, 24), _word(args, 25)
         while True:
-            first_row, end_row, first_unit, units = _next_task(args)
+            task, first_row, end_row, unit, units = _next_task(args)
             if first_row == end_row:
                 return
-            # Sequences end to end go through time one after the other, the rows of a batch together.
+            blocks = (units + WIDTH - 1) // WIDTH
+            # Of one tile of one row: forget gates, states, and the state while it is computed.
+            forgets = _word(args, 26) + task * (2 * TILE + 1) * H * size
+            states, c = forgets + TILE * H * size, forgets + 2 * TILE * H * size
             together = 1 if padding == PACKED else end_row - first_row
-            for first in range(first_row, end_row, together):
-                longest = _count_steps(valid, padding, first // D, L) if padding == PACKED else L
-                for s in range(longest - 1, -1, -1):
-                    for row in range(first, first + together):
-                        b, d, steps = row // D, row % D, _count_steps(valid, padding, row // D, L)
-                        t = steps - 1 - s if d == 1 and s < steps else s
-                        position = _position(valid, padding, t, b, B)
-                        at = (position * D + d) * H + first_unit
-                        in_u = ((position * D + d) * parts * H + first_unit) * size
-                        u_row, grad_u_row = u + in_u, grad_u + in_u
-                        x_row, grad_x_row, grad_h_row = x + at * size, grad_x + at * size, grad_h + at * size
-                        if s >= steps and padding == PACKED:
+            for group in range(first_row, end_row, together):
+                for back in range((end - first + TILE - 1) // TILE + 1):
+                    for row in range(group, group + together):
+                        b, d = row // directions, first_direction + row % directions
+                        begin, total, low, high = _row_steps(valid, padding, b, first, end, L)
+                        if back == 0 and padding == LENGTHS:
+                            for t in range(first + high - low, end):
+                                position = _position(padding, begin, t, b, B)
+                                at = ((position * D + d) * H + unit) * stored
+                                to = ((position * directions + d - first_direction) * parts * H + unit) * stored
+                                for k in range(parts):
+                                    _fill(grad_u + to + k * H * stored, units, real(0), storage, GRAD_CANDIDATE)
+                                if skip_kind == SKIP_INPUT:
+                                    _fill(grad_x + at, units, real(0), storage, GRAD_SKIP)
+                        if d == 1:
+                            low, high = total - high, total - low  # counted from the end, as the direction goes
+                        tile = (high - 1) // TILE - back
+                        if high <= low or tile < low // TILE:
                             continue
-                        if s >= steps or (padding == MASK and load(valid, position, np.uint8, READ) != 0):
-                            for k in range(parts):
-                                for j in range(units):
-                                    store(grad_u_row, k * H + j, real(0), GRAD_CANDIDATE)
-                            if skip_kind == SKIP_INPUT:
-                                for j in range(units):
-                                    store(grad_x_row, j, real(0), GRAD_SKIP)
-                            continue
-                        c_prev = c + ((_slot(valid, padding, s, b, B, True) * D + d) * H + first_unit) * size
-                        c_next = c + ((_slot(valid, padding, s + 1, b, B, True) * D + d) * H + first_unit) * size
-                        state = (row * H + first_unit) * size
-                        grad_c_row, mask_row = grad_c + state, mask_c + state
-                        gate_row = (d * 2 * H + first_unit) * size
-                        sum_row = (row * 2 * H + first_unit) * size
-                        for j in range(units):
-                            c_j = load(c_prev, j, real, READ)
-                            weight_f = load(weight_c + gate_row, j, real, READ) if version == 2 else real(0)
-                            weight_r = load(weight_c + gate_row, H + j, real, READ) if version == 2 else real(0)
-                            mask = load(mask_row, j, real, READ) if has_mask_c else real(1)
-                            skip = real(0)
-                            if skip_kind == SKIP_INPUT:
-                                skip = scale_x * load(x_row, j, real, READ)
-                            elif skip_kind == SKIP_PROJECTED:
-                                skip = load(u_row, 3 * H + j, real, READ)
-                            bias_f, bias_r = (
-                                load(bias + gate_row, j, real, READ),
-                                load(bias + gate_row, H + j, real, READ),
-                            )
-                            f = gate(load(u_row, H + j, real, READ), bias_f, weight_f, c_j, version)
-                            r = gate(load(u_row, 2 * H + j, real, READ), bias_r, weight_r, c_j, version)
-                            grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev = backward_step(
-                                load(grad_h_row, j, real, READ), load(grad_c_row, j, real, GRAD_C),
-                                load(c_next, j, real, READ), c_j, f, r, load(u_row, j, real, READ), skip, mask,
-                                weight_f, weight_r, version, nonlinearity, placement,
-                            )  # fmt: skip
-                            store(grad_c_row, j, grad_c_prev, GRAD_C)
-                            store(grad_u_row, j, grad_candidate, GRAD_CANDIDATE)
-                            store(grad_u_row, H + j, grad_forget, GRAD_FORGET)
-                            store(grad_u_row, 2 * H + j, grad_reset, GRAD_RESET)
-                            if skip_kind == SKIP_INPUT:
-                                store(grad_x_row, j, scale_x * grad_skip, GRAD_SKIP)
-                            elif skip_kind == SKIP_PROJECTED:
-                                store(grad_u_row, 3 * H + j, grad_skip, GRAD_SKIP)
-                            sum_f, sum_r = sum_bias + sum_row, sum_bias + sum_row + H * size
-                            store(sum_f, j, load(sum_f, j, real, BIAS_F) + grad_forget, BIAS_F)
-                            store(sum_r, j, load(sum_r, j, real, BIAS_R) + grad_reset, BIAS_R)
-                            if version == 2:
-                                sum_f, sum_r = sum_weight_c + sum_row, sum_weight_c + sum_row + H * size
-                                store(sum_f, j, load(sum_f, j, real, WEIGHT_F) + grad_forget * c_j, WEIGHT_F)
-                                store(sum_r, j, load(sum_r, j, real, WEIGHT_R) + grad_reset * c_j, WEIGHT_R)
+                        gates, row_at = (d * 2 * H + unit) * size, ((b * D + d) * H + unit) * size
+                        start = saved + ((_saved_at(padding, begin, tile, b, B) * D + d) * H + unit) * size
+                        _copy(c, C, start, READ, units, real)
+                        for k in range(tile * TILE, min((tile + 1) * TILE, high)):
+                            position = _position(padding, begin, total - 1 - k if d == 1 else k, b, B)
+                            state = states + k % TILE * H * size
+                            if padding == MASK and load(valid, position, np.uint8, READ) != 0:
+                                _copy(state, STATES, c, C, units, real)
+                                continue
+                            u_row = u + ((position * D + d) * parts * H + unit) * stored
+                            forget = forgets + k % TILE * H * size
+                            for block in range(blocks):
+                                j = _start_of_block(block, units)
+                                if j + WIDTH <= units and j == block * WIDTH:
+                                    for i in range(WIDTH):
+                                        _state_unit(
+                                            j + i, True, H, u_row, bias + gates, weight_c + gates, c, forget, state,
+                                            storage, real, version,
+                                        )  # fmt: skip
+                                else:
+                                    for i in range(min(units, WIDTH)):
+                                        _state_unit(
+                                            j + i, j + i >= block * WIDTH, H, u_row, bias + gates, weight_c + gates, c,
+                                            forget, state, storage, real, version,
+                                        )  # fmt: skip
+                        for k in range(min((tile + 1) * TILE, high) - 1, max(tile * TILE, low) - 1, -1):
+                            position = _position(padding, begin, total - 1 - k if d == 1 else k, b, B)
+                            at = ((position * D + d) * H + unit) * stored
+                            to = grad_u + ((position * directions + d - first_direction) * parts * H + unit) * stored
+                            if padding == MASK and load(valid, position, np.uint8, READ) != 0:
+                                for part in range(parts):
+                                    _fill(to + part * H * stored, units, real(0), storage, GRAD_CANDIDATE)
+                                if skip_kind == SKIP_INPUT:
+                                    _fill(grad_x + at, units, real(0), storage, GRAD_SKIP)
+                                continue
+                            u_row = u + ((position * D + d) * parts * H + unit) * stored
+                            forget, state = forgets + k % TILE * H * size, states + k % TILE * H * size
+                            c_prev = start if k % TILE == 0 else state - H * size
+                            sums = (((b * D + d) * 2) * H + unit) * size
+                            for block in range(blocks):
+                                j = _start_of_block(block, units)
+                                if j + WIDTH <= units and j == block * WIDTH:
+                                    for i in range(WIDTH):
+                                        _backward_unit(
+                                            j + i, True, H, u_row, x + at, scale_x, bias + gates, weight_c + gates,
+                                            mask_c + row_at, forget, state, c_prev, grad_h + at,
+                                            grad_c_n + row_at, to, grad_x + at, sums_bias + sums, sums_weight_c + sums,
+                                            storage, real, version, nonlinearity, placement, skip_kind, has_mask_c,
+                                        )  # fmt: skip
+                                else:
+                                    for i in range(min(units, WIDTH)):
+                                        _backward_unit(
+                                            j + i, j + i >= block * WIDTH, H, u_row, x + at, scale_x, bias + gates,
+                                            weight_c + gates, mask_c + row_at, forget, state, c_prev,
+                                            grad_h + at, grad_c_n + row_at, to, grad_x + at, sums_bias + sums,
+                                            sums_weight_c + sums, storage, real, version, nonlinearity, placement,
+                                            skip_kind, has_mask_c,
+                                        )  # fmt: skip
 
-    return backward
+    return _compile(backward, options, storage)
+
+
+def _real(storage: Any) -> Any:
+    """The type in which the state is kept and everything is computed."""
+    return np.float64 if storage is np.float64 else np.float32
+
+
+def _itemsize(storage: Any) -> int:
+    return int(np.dtype(storage).itemsize)
+
+
+# Numba finds a kernel on disk by its name and by the contents of this file; the name holds those of the others.
+_SOURCES = hashlib.sha256(
+    b"".join(pathlib.Path(str(m.__file__)).read_bytes() for m in (recurrence, cpu_intrinsics))
+).hexdigest()[:16]
+
+
+class _Kernel(NamedTuple):
+    """A compiled kernel: its address, and a Python function that calls it with the words it takes."""
+
+    address: int
+    call: Callable[[bytes], None]
+
+
+def _compile(function: Callable[..., None], options: Options, storage: Any) -> _Kernel:
+    """Compile a kernel, or load what an earlier process compiled and left on disk."""
+    function.__qualname__ = "_".join(
+        [function.__name__, np.dtype(storage).name, *map(str, map(int, options)), _SOURCES]
+    )
+    # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
+    how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        compiled = cfunc(types.void(types.int64), cache=True, **how)(function)
+    except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
+        compiled = cfunc(types.void(types.int64), **how)(function)
+    return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address))
 
 
 def _find_parallel() -> Any:
@@ -268,71 +419,105 @@ def _find_parallel() -> Any:
 
 _start_team = _find_parallel()
 _ELEMENTS_PER_THREAD = 1 << 14  # below this a thread costs more than it saves
+_pack_words = struct.Struct("12qd14q").pack
 
 
-def _run(kernel: Any, L: int, rows: int, D: int, H: int, scale_x: float, u: Tensor, *others: Tensor | None) -> None:
-    arrays = u, *others
-    n_threads = max(1, min(torch.get_num_threads(), u.numel() // (3 * _ELEMENTS_PER_THREAD)))
+class Launch(NamedTuple):
+    """What of the recurrence a launch computes: the time from `first` up to `end`, and the directions."""
+
+    first: int
+    end: int
+    L: int
+    B: int
+    D: int
+    H: int
+    first_direction: int
+    directions: int
+
+
+def _tasks(launch: Launch, padding: int) -> tuple[int, int, int, int]:
+    """Threads, tasks, rows of each task and units of each task."""
+    rows, H = launch.B * launch.directions, launch.H
+    n_threads = torch.get_num_threads()
+    if n_threads > 1:
+        steps = (launch.end - launch.first) * (1 if padding == PACKED else launch.B)
+        n_threads = max(1, min(n_threads, steps * launch.directions * H // _ELEMENTS_PER_THREAD))
+    if n_threads == 1:
+        return 1, 1, rows, H
     row_blocks = min(rows, n_threads)
     rows_per_task = -(-rows // row_blocks)
     # Where there are too few rows, their units are shared out, a whole number of cache lines to each thread.
     unit_blocks = n_threads // row_blocks
-    units_per_task = -(-H // (unit_blocks * 64)) * 64 if unit_blocks > 1 else H
-    n_tasks = -(-rows // rows_per_task) * -(-H // units_per_task)
-    words = np.array(
-        [0, n_tasks, rows_per_task, units_per_task, L, rows, D, H, 0]
-        + [0 if a is None else a.data_ptr() for a in arrays],
-        np.int64,
-    )
-    words[8:9].view(np.float64)[0] = scale_x
-    address = words.ctypes.data
+    units_per_task = -(-H // (unit_blocks * WIDTH)) * WIDTH if unit_blocks > 1 else H
+    return n_threads, -(-rows // rows_per_task) * -(-H // units_per_task), rows_per_task, units_per_task
+
+
+def _run(kernel: _Kernel, tasks: tuple[int, int, int, int], launch: Launch, scale_x: float, arrays: list[int]) -> None:
+    """Run all tasks of a kernel on the threads. `arrays`: the addresses of its arrays, which the caller keeps alive."""
+    n_threads = tasks[0]
+    words = _pack_words(0, *tasks[1:], *launch, scale_x, *arrays, *[0] * (14 - len(arrays)))
     if n_threads == 1:
-        kernel.ctypes(address)
-    elif _start_team is not None:
-        _start_team(kernel.address, address, n_threads, 0)
-    else:
+        kernel.call(words)
+        return
+    memory = ctypes.create_string_buffer(words, len(words))
+    if _start_team is not None:
+        _start_team(kernel.address, ctypes.addressof(memory), n_threads, 0)
+        return
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+    team = [threading.Thread(target=call, args=(ctypes.addressof(memory),)) for _ in range(n_threads)]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
 
-        def work(memory: Any = (words, arrays)) -> None:  # kept alive even where Ctrl-C ends the wait below
-            kernel.ctypes(address)
 
-        team = [threading.Thread(target=work) for _ in range(n_threads)]
-        for thread in team:
-            thread.start()
-        for thread in team:
-            thread.join()
+def _address(a: Tensor | None) -> int:
+    return 0 if a is None else a.data_ptr()
 
 
-def _real(dtype: torch.dtype) -> Any:
-    return np.float64 if dtype == torch.float64 else np.float32
+_STORAGE = {
+    torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: BFLOAT16,
+}  # fmt: skip
+
+
+def _count_saved(padding: int, steps: int, B: int) -> int:
+    """An upper bound of the tiles of all rows; see _saved_at."""
+    return steps // TILE + B if padding == PACKED else -(-steps // TILE) * B
 
 
 def forward(
     options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
     mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """h, c_n and, with `save_c`, what backward needs of c: the states before every step and after the last."""
+    """h, c_n and, with `save_c`, what backward needs of c: the states at the start of every tile."""
     D, H = u.shape[-3], u.shape[-1]
-    positions = u.shape[:-3].numel()
-    h, c_n = u.new_empty(*u.shape[:-3], D * H), u.new_empty(B, D * H)
-    c = u.new_empty(positions + B if options.save_c else 2 * B, D * H)
+    steps = len(u)  # L, and of sequences end to end all there are
+    h = u.new_empty(*u.shape[:-3], D * H)
+    c_n = bias.new_zeros(B, D * H) if c_0 is None else c_0.clone()
+    saved = bias.new_empty(_count_saved(options.padding, steps, B), D * H) if options.save_c else None
     if c_n.numel():
-        # The address of c_0 tells the kernel whether there is one: no need to compile it twice.
-        kernel = _forward_kernel(options._replace(has_c_0=False), _real(u.dtype))
-        _run(kernel, L, B * D, D, H, scale_x, u, x, bias, weight_c, c_0, mask_c, valid, h, c, c_n)
-    return h, c_n, c if options.save_c else None
+        # c_n holds the state from the start: no need to compile for an initial state, and once more without one.
+        kernel = _forward_kernel(options._replace(has_c_0=False), _STORAGE[u.dtype])
+        launch = Launch(0, steps, L, B, D, H, 0, D)
+        arrays = [_address(a) for a in (u, x, bias, weight_c, mask_c, valid, c_n, h, saved)]
+        _run(kernel, _tasks(launch, options.padding), launch, scale_x, arrays)
+    return h, c_n, saved
 
 
 def backward(
     options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, mask_c: Tensor | None,
-    valid: Tensor | None, scale_x: float, L: int, B: int, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
+    valid: Tensor | None, scale_x: float, L: int, B: int, saved: Tensor, grad_h: Tensor, grad_c_n: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of u, x, bias, weight_c and c_0."""
     D, H = u.shape[-3], u.shape[-1]
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
-    grad_c, sum_bias = grad_c_n.clone(), u.new_zeros(B, D, 2, H)
+    grad_c, sum_bias = grad_c_n.clone(), bias.new_zeros(B, D, 2, H)
     sum_weight_c = None if weight_c is None else torch.zeros_like(sum_bias)
     if grad_c.numel():
-        kernel = _backward_kernel(options._replace(has_c_0=False), _real(u.dtype))
-        arguments = u, x, bias, weight_c, mask_c, valid, c, grad_h, grad_c, grad_u, grad_x, sum_bias, sum_weight_c
-        _run(kernel, L, B * D, D, H, scale_x, *arguments)
+        kernel = _backward_kernel(options._replace(has_c_0=False), _STORAGE[u.dtype])
+        launch = Launch(0, len(u), L, B, D, H, 0, D)
+        tasks = _tasks(launch, options.padding)
+        scratch = bias.new_empty(tasks[1], 2 * TILE + 1, H)
+        arrays = u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c, grad_u, grad_x, sum_bias, sum_weight_c
+        _run(kernel, tasks, launch, scale_x, [_address(a) for a in (*arrays, scratch)])
     return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c

@@ -1,12 +1,14 @@
 """The CPU kernels against the float64 reference; threads; accuracy of the float32 functions; vectorisation."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from cases import Case, assert_matches_reference, run_and_grads
-from numba import njit
+from numba import cfunc, njit
 
 from numsru import cpu_kernels, recurrence, sru_recurrence
 from numsru.recurrence import Options
@@ -48,6 +50,10 @@ CASES = [
     Case(L=200, H=70, D=2, padding="lengths", mask_c=True, dtype=torch.float32),
     Case(L=31, H=19, version=2, highway="projected", nonlinearity="selu", dtype=torch.float32),
     Case(L=31, H=19, D=2, nonlinearity="relu", padding="mask", dtype=torch.float32),
+    Case(L=19, H=16),
+    Case(L=17, H=37, D=2, padding="lengths", mask_c=True, highway="projected"),
+    Case(L=17, H=35, D=2, padding="mask", version=2),
+    Case(L=25, H=18, D=2, B=4, padding="packed", version=2),
 ]
 
 
@@ -146,16 +152,69 @@ def test_tanh_has_its_limits(real):
 LIBRARY_CALL = re.compile(r"\b(expf?|tanhf?)\b")
 
 
+def _assembly(monkeypatch, kernel, options, storage):
+    """Of a kernel compiled here: one that is loaded from disk does not show it."""
+    compiled = []
+
+    def keep(*args, cache=False, **kwargs):
+        return lambda function: compiled.append(cfunc(*args, **kwargs)(function)) or compiled[0]
+
+    monkeypatch.setattr(cpu_kernels, "cfunc", keep)
+    kernel.__wrapped__(options, storage)
+    return compiled[0]._library.get_asm_str()
+
+
+KERNELS = pytest.mark.parametrize(
+    "kernel", [cpu_kernels._forward_kernel, cpu_kernels._backward_kernel], ids=["forward", "backward"]
+)
+
+
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("kernel", [cpu_kernels._forward_kernel, cpu_kernels._backward_kernel])
-def test_float32_kernel_divides_vectors(kernel, version):
-    assembly = kernel(Options(version=version, save_c=True), np.float32)._library.get_asm_str()
+@KERNELS
+def test_float32_kernel_divides_vectors(monkeypatch, kernel, version):
+    assembly = _assembly(monkeypatch, kernel, Options(version=version, save_c=True), np.float32)
     if not re.search(r"[xyz]mm\d|\bv\d+\.4s", assembly):
         pytest.skip("neither x86 nor ARM assembly")
     assert re.search(r"\bv?divps\b|\bfdiv\s+v\d+\.4s", assembly)
     assert not LIBRARY_CALL.search(assembly)
 
 
-def test_library_calls_are_seen_in_assembly():
-    assembly = cpu_kernels._forward_kernel(Options(save_c=True), np.float64)._library.get_asm_str()
+def test_library_calls_are_seen_in_assembly(monkeypatch):
+    assembly = _assembly(monkeypatch, cpu_kernels._forward_kernel, Options(save_c=True), np.float64)
     assert LIBRARY_CALL.search(assembly)
+
+
+ON_DISK = """
+import sys, numba
+numba.config.CACHE_DIR = sys.argv[1]
+import torch, numsru
+rnn = numsru.SRU(4, 4)
+output, _ = rnn(torch.ones(2, 1, 4))
+output.sum().backward()
+print(sum(p.grad.sum().item() for p in rnn.parameters()) != 0)
+"""
+
+
+def _run_with_cache(folder):
+    command = [sys.executable, "-c", ON_DISK, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def test_compiled_kernels_are_kept_on_disk(tmp_path):
+    assert _run_with_cache(tmp_path) == "True"
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert len(kept) == 2  # forward and backward
+    assert _run_with_cache(tmp_path) == "True"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
+
+
+def test_damaged_files_on_disk_are_passed_over(tmp_path):
+    _run_with_cache(tmp_path)
+    for path in (*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")):
+        path.write_bytes(b"damaged")
+    assert _run_with_cache(tmp_path) == "True"
+
+
+def test_cache_folder_need_not_be_writable(tmp_path):
+    (tmp_path / "file").touch()
+    assert _run_with_cache(tmp_path / "file") == "True"
