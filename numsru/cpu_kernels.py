@@ -29,7 +29,10 @@ from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, store
 from .recurrence import (
     LENGTHS,
     MASK,
+    NO_PADDING,
+    NONLINEARITIES,
     PACKED,
+    PAPER,
     SKIP_INPUT,
     SKIP_PROJECTED,
     Options,
@@ -502,6 +505,31 @@ def forward(
         arrays = [_address(a) for a in (u, x, bias, weight_c, mask_c, valid, c_n, h, saved)]
         _run(kernel, _tasks(launch, options.padding), launch, scale_x, arrays)
     return h, c_n, saved
+
+
+def step(
+    kernel: _Kernel, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, scale_x: float, c: Tensor
+) -> Tensor:
+    """One step in one direction without gradients: h, (B, H). c, (B, H), holds the state before it, then after.
+
+    The short path of streaming: `kernel` is that of `step_kernel`, and nobody checks the arguments again.
+    """
+    B, H = c.shape
+    h = torch.empty_like(c)
+    launch = Launch(0, 1, 1, B, 1, H, 0, 1)
+    arrays = [
+        u.data_ptr(), 0 if x is None else x.data_ptr(), bias.data_ptr(), 0 if weight_c is None else weight_c.data_ptr(),
+        0, 0, c.data_ptr(), h.data_ptr(), 0,
+    ]  # fmt: skip
+    _run(kernel, _tasks(launch, NO_PADDING), launch, scale_x, arrays)
+    return h
+
+
+@functools.cache
+def step_kernel(version: int, nonlinearity: str, skip: int, dtype: torch.dtype) -> _Kernel:
+    """The kernel of a step, which is that of a sequence."""
+    options = Options(version, NONLINEARITIES[nonlinearity], PAPER, skip)
+    return _forward_kernel(options, _STORAGE[dtype])  # type: ignore[no-any-return]
 
 
 def backward(

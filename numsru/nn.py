@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import cpu_kernels
 from .autograd import check_cu_seqlens, check_padding, sru_recurrence
-from .padding import Padding as _Padding
-from .padding import compute_packed, compute_padded, is_on_host
-from .recurrence import DROPOUT_PLACEMENTS, NONLINEARITIES
+from .padding import Padding, compute_packed, compute_padded, is_on_host
+from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
 
 
 def _at_least_float32(a: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _SRUBase(nn.Module):
                 if self.layer_norm:
                     getattr(self, f"layer_norm_l{i}").reset_parameters()
 
-    def _layer(self, i: int, x: Tensor, B: int, c_0: Tensor | None, padding: _Padding) -> tuple[Tensor, Tensor]:
+    def _layer(self, i: int, x: Tensor, B: int, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
         """Layer i of x, (L, B, in) or (total_steps, in): h, as x with D*H features, and c_n, (B, D*H)."""
         D, K, H = self.num_directions, self._parts(i), self.hidden_size
         if torch.is_autocast_enabled(x.device.type):  # what comes from other layers may be of 16 bits; states are not
@@ -192,6 +192,39 @@ class _SRUBase(nn.Module):
         if self.layer_norm == "post":
             h = padding.zero(getattr(self, f"layer_norm_l{i}")(h))
         return h, c_n
+
+    def _has_short_path(self, x: Tensor, c: Tensor | None) -> bool:
+        """Whether one step of x, (B, in), is a matrix product and a kernel for each layer, and nothing else."""
+        dtype, parameters = x.dtype, self._parameters
+        return (
+            x.is_cpu
+            and not torch.is_grad_enabled()
+            and not (self.training and (self.rnn_dropout or self.dropout))
+            and self.layer_norm is None
+            and not self.projection_size
+            and not self.bidirectional
+            and (dtype is torch.float32 or dtype is torch.float64)
+            and x.is_contiguous()
+            and (c is None or (c.dtype is dtype and c.is_cpu))
+            and type(x) is Tensor
+            and not torch.is_autocast_enabled("cpu")
+            and all(a.dtype is dtype and a.is_cpu and a.is_contiguous() for a in parameters.values() if a is not None)
+            and "weight_l0" in parameters  # absent where a parametrization computes it
+        )
+
+    def _step(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
+        """One step of x, (B, in), on the short path: h, (B, H). c: the states of the layers, before and then after."""
+        get: Any = self._parameters.get
+        scale_x = self._scale_x if self.rescale else 1.0
+        for i, state in enumerate(c):
+            weight, bias, weight_c = get(f"weight_l{i}"), get(f"bias_l{i}"), get(f"weight_c_l{i}")
+            skip = (SKIP_PROJECTED if self._parts(i) == 4 else SKIP_INPUT) if self.highway else NO_SKIP
+            u = F.linear(x, weight)
+            if bias is None:
+                bias = u.new_zeros(2, self.hidden_size)
+            kernel = cpu_kernels.step_kernel(self.version, self.nonlinearity, skip, x.dtype)
+            x = cpu_kernels.step(kernel, u, x if skip == SKIP_INPUT else None, bias, weight_c, scale_x, state)
+        return x
 
     def _check_input(self, input: Tensor, dims: tuple[int, int]) -> None:
         if not isinstance(input, Tensor):
@@ -353,8 +386,10 @@ class SRU(_SRUBase):
             self._check_input(input, (2, 2))
             if lengths is not None or mask_pad is not None:
                 raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
-            check_cu_seqlens(cu_seqlens, len(input), input.device)
-            return self._forward_layers(input, len(cu_seqlens) - 1, c_0, _Padding(cu_seqlens=cu_seqlens))
+            cu_seqlens, _ = check_cu_seqlens(
+                cu_seqlens, len(input), input.device
+            )  # checked and sent once for all layers
+            return self._forward_layers(input, len(cu_seqlens) - 1, c_0, Padding(cu_seqlens=cu_seqlens))
         self._check_input(input, (2, 3))
         if mask_pad is not None and mask_pad.shape != input.shape[:-1]:
             raise ValueError(f"mask_pad must have shape {tuple(input.shape[:-1])}, got {tuple(mask_pad.shape)}")
@@ -380,7 +415,7 @@ class SRU(_SRUBase):
         L, B, _ = x.shape
         on_host = next((a for a in (lengths, mask_pad) if a is not None and is_on_host(a)), None)
         check_padding(lengths, mask_pad, L, B, x.device if on_host is None else on_host.device)
-        padding = _Padding(lengths, mask_pad)
+        padding = Padding(lengths, mask_pad)
         return compute_padded(lambda x, c, padding: self._forward_layers(x, B, c, padding), x, c_0, padding)
 
     def _forward_packed_sequence(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
@@ -401,10 +436,13 @@ class SRU(_SRUBase):
             raise ValueError(f"c_0 must have shape {expected}, got {tuple(c_0.shape)}")
         return c_0.unsqueeze(1) if B is None else c_0
 
-    def _forward_layers(self, x: Tensor, B: int, c_0: Tensor | None, padding: _Padding) -> tuple[Tensor, Tensor]:
+    def _forward_layers(self, x: Tensor, B: int, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
         """All layers of x, (L, B, in) or (total_steps, in)."""
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
+        if len(x) == 1 and padding == Padding() and self._has_short_path(x[0], c_0):
+            c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone(memory_format=torch.contiguous_format)
+            return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
         states: Sequence[Tensor | None] = [None] * n
         if c_0 is not None:
             states = c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).unbind()
@@ -469,5 +507,9 @@ class SRUCell(_SRUBase):
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
             c = c if batched else c.unsqueeze(0)
-        h, c_n = self._layer(0, x.unsqueeze(0), len(x), c, _Padding())
+        if self._has_short_path(x, c):
+            c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone(memory_format=torch.contiguous_format)
+            h = self._step(x, (c_n,))
+            return (h, c_n) if batched else (h[0], c_n[0])
+        h, c_n = self._layer(0, x.unsqueeze(0), len(x), c, Padding())
         return (h[0], c_n) if batched else (h[0, 0], c_n[0])

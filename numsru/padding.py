@@ -42,7 +42,8 @@ class Padding(NamedTuple):
 class ValidSteps(NamedTuple):
     """The valid steps of a batch, one row after the other."""
 
-    at: Tensor  # where each lies in the batch's memory, (total_steps,), on the batch's device
+    # Both on the batch's device, so that they are sent there once for all layers.
+    at: Tensor  # where each lies in the batch's memory, (total_steps,)
     cu_seqlens: Tensor
 
     @classmethod
@@ -59,7 +60,7 @@ class ValidSteps(NamedTuple):
     @classmethod
     def _of(cls, valid: Tensor, position: Tensor, device: torch.device) -> ValidSteps:
         at = position.t()[valid.t()].to(device, non_blocking=True)
-        return cls(at, F.pad(valid.sum(0).cumsum(0), (1, 0)))
+        return cls(at, F.pad(valid.sum(0).cumsum(0), (1, 0)).to(device, non_blocking=True))
 
     def gather(self, x: Tensor) -> Tensor:
         """The valid steps of x, (L, B, features) or a PackedSequence's data: (total_steps, features)."""

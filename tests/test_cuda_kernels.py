@@ -167,6 +167,29 @@ def test_outputs_are_the_same_without_gradients(run, set_tile, tile, case):
         torch.testing.assert_close(run(**inputs), with_gradients, rtol=0, atol=0)
 
 
+@on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["float32", "float64"]
+)
+@pytest.mark.parametrize("pieces", [(1, 5, 3), (4, 0, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("tile", "case"),
+    [(Tile(4, 2, 2), Case(L=9, c_0=False)), (Tile(4, 1, 2), Case(L=9, version=2, c_0=False))],
+    ids=["1", "2"],
+)
+def test_a_sequence_in_pieces_is_the_whole_to_rounding(run, set_tile, tile, case, pieces, dtype, rounding):
+    set_tile(tile)
+    inputs, _ = case._replace(dtype=dtype).make_inputs()
+    with torch.no_grad():
+        whole = run(**inputs)
+        parts, c = [], None
+        for u, x in zip(inputs["u"].split(pieces), inputs["x"].split(pieces), strict=True):
+            part, c = run(**(inputs | {"u": u, "x": x, "c_0": c}))
+            parts.append(part)
+    for received, expected in zip((torch.cat(parts), c), whole, strict=True):
+        assert (received - expected).abs().max() <= rounding * expected.abs().max()
+
+
 def _gradients_of_sums(function, inputs):
     h, c_n = function(**inputs)
     return torch.autograd.grad(h.sum() + c_n.sum(), [inputs["u"], inputs["x"], inputs["bias"], inputs["c_0"]])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import numsru
-from numsru import SRU, SRUCell, reference
+from numsru import SRU, SRUCell, cpu_kernels, reference
 
 F64 = torch.float64
 
@@ -514,3 +514,74 @@ def test_cell_error_says_what_was_expected(args, error, message):
 def test_public_names_exist():
     assert all(hasattr(numsru, name) for name in numsru.__all__)
     assert numsru.__version__
+
+
+STEPPED = {name: o for name, o in MODULES.items() if not o.get("bidirectional")} | {
+    "version 2 equal sizes": {"version": 2, "hidden_size": 6, "num_layers": 2}
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])
+@pytest.mark.parametrize("with_state", [True, False], ids=["state", "no_state"])
+@pytest.mark.parametrize("name", STEPPED)
+def test_short_path_of_a_step_computes_what_the_long_one_does(monkeypatch, name, with_state, dtype):
+    torch.manual_seed(0)
+    rnn = SRU(**({"input_size": 6, "hidden_size": 37, "dtype": dtype} | STEPPED[name]))
+    x = torch.randn(1, 3, 6, dtype=dtype)
+    c_0 = torch.randn(rnn.num_layers, 3, rnn.hidden_size, dtype=dtype) if with_state else None
+    before = None if c_0 is None else c_0.clone()
+    expected = rnn(x, c_0)
+    calls = _count_calls(monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x, c_0), expected)
+    assert len(calls) == (rnn.num_layers if name not in ("pre norm", "post norm", "projection") else 0)
+    torch.testing.assert_close(c_0, before)
+
+
+def _count_calls(monkeypatch):
+    calls, step = [], cpu_kernels.step
+    monkeypatch.setattr(cpu_kernels, "step", lambda *args: calls.append(args) or step(*args))
+    return calls
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "no_batch"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_short_path_of_a_cell_computes_what_the_long_one_does(monkeypatch, version, batched):
+    torch.manual_seed(0)
+    cell = SRUCell(6, 37, version=version)
+    x, c = (torch.randn(*([3] if batched else []), n) for n in (6, 37))
+    expected = cell(x, c)
+    calls = _count_calls(monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(cell(x, c), expected)
+        torch.testing.assert_close(cell(x), cell(x, torch.zeros_like(c)), rtol=0, atol=0)
+        assert len(calls) == 3
+        cell(x[..., :6], c.double().float())
+        with torch.autocast("cpu"):
+            assert cell(x, c)[0].dtype == torch.float32
+    assert len(calls) == 4  # but not under autocast
+
+
+# Largest error allowed, relative to the largest magnitude.
+ROUNDING = {torch.float32: 1e-6, F64: 1e-14}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])
+@pytest.mark.parametrize("pieces", [(1,) * 40, (0, 17, 23), (1, 8, 16, 15), (39, 1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"version": 2}, {"hidden_size": 20}, {"version": 2, "hidden_size": 20, "nonlinearity": "tanh"}],
+    ids=["1", "2", "1-equal", "2-equal"],
+)
+def test_a_sequence_in_pieces_is_the_whole_to_rounding(options, pieces, dtype):
+    torch.manual_seed(0)
+    rnn = SRU(**({"input_size": 20, "hidden_size": 37, "num_layers": 3, "dtype": dtype} | options))
+    x = torch.randn(sum(pieces), 3, 20, dtype=dtype)
+    with torch.no_grad():
+        output, c_n = rnn(x)
+        parts, c = [], None
+        for piece in x.split(pieces):
+            part, c = rnn(piece, c)
+            parts.append(part)
+    for received, expected in ((torch.cat(parts), output), (c, c_n)):
+        assert (received - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
