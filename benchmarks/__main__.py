@@ -9,6 +9,7 @@ if __name__ == "__main__":
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_PROC_BIND", "true")
     os.environ.setdefault("NUMBA_NUM_THREADS", str(cores))
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # or compile times are those of reading a file
 
     from .cli import main
 

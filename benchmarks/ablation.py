@@ -95,4 +95,4 @@ def tables(result: dict[str, Any]) -> str:
             row.append(f"{report.number(times[name]['median'] * 1e3)} ({report.number(gain)})")
         rows.append(row)
     header = ["", *(f"{point}, {name}" for point, name in columns)]
-    return "## ms (times as fast as the first)\n\n" + report.table(header, rows)
+    return "ms (times as fast as the first row)\n\n" + report.table(header, rows)

@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = [points.parse(name) for name in arguments.points if name != "all"]
         compiled = [points.parse(name) for name in arguments.compile if name != "none"]
-    except ValueError as error:
+        if arguments.page is not None:
+            report.around(arguments.page, arguments.command)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     device = torch.device(arguments.device)
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison. Default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results. Default: %(default)s")
-    parser.add_argument("--page", type=Path, help="ablation: a Markdown page to put table and plot into")
+    parser.add_argument("--page", type=Path, help="a Markdown page to put the tables into")
     parser.add_argument("--small", action="store_true", help="tiny shapes, few samples: to see that everything runs")
     return parser
 
@@ -72,16 +74,15 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _precision(settings: Settings) -> Iterator[None]:
     """TensorFloat32 in products and in cuDNN where it is asked for, and nowhere else."""
+    allowed = settings.dtype == "tf32"
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
-    try:
+    with contextlib.ExitStack() as stack:
         if settings.device.type == "cuda":
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=settings.dtype == "tf32"):
-                yield
-        else:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            # benchmark: cuDNN tries its convolutions at the first call and takes the fastest.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allowed))
+        stack.callback(torch.set_float32_matmul_precision, before)
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        yield
 
 
 def _start(settings: Settings) -> dict[str, Any]:
@@ -104,6 +105,10 @@ def _stem(prefix: str, result: dict[str, Any]) -> str:
     return prefix + machine.short_name(result["machine"]) + ("" if dtype == "float32" else f"_{dtype}")
 
 
+def _page(title: str, result: dict[str, Any], tables: str) -> str:
+    return f"# {title}\n\n{report.provenance(result)}\n{tables}"
+
+
 def _speed(arguments: Any, settings: Settings, chosen: list[points.Point], compiled: list[points.Point]) -> None:
     grid, streaming = (points.CUDA if settings.device.type == "cuda" else points.CPU), points.STREAMING
     if settings.small:
@@ -118,12 +123,15 @@ def _speed(arguments: Any, settings: Settings, chosen: list[points.Point], compi
     speed.run(result, settings, chosen or grid, streaming, compiled, backend, save)
     text = speed.tables(result)
     print(f"\n{text}")
-    report.write_text(arguments.out / f"{stem}.md", report.page("numsru beside other layers", result, text))
+    report.write_text(arguments.out / f"{stem}.md", _page("numsru beside other layers", result, text))
     report.write_plot(arguments.out / f"{stem}_ratios.png", report.plot_ratios(result))
     report.write_plot(arguments.out / f"{stem}_ceiling.png", report.plot_ceiling(result))
     times = report.plot_times(result)
     if times is not None:
         report.write_plot(arguments.out / f"{stem}_times.png", times)
+    if arguments.page is not None:
+        page = f"{report.provenance(result)}\n{speed.layer_tables(result)}"
+        report.replace_on_page(arguments.page, "speed", page)
 
 
 def _figure(arguments: Any, settings: Settings, chosen: list[points.Point], _: list[points.Point]) -> None:
@@ -133,8 +141,10 @@ def _figure(arguments: Any, settings: Settings, chosen: list[points.Point], _: l
     print(f"\n{text}")
     path = arguments.out / _stem("figure_", result)
     report.write_json(path.with_suffix(".json"), result)
-    report.write_text(path.with_suffix(".md"), report.page("Time per mini-batch", result, text))
-    report.write_plot(path.with_suffix(".png"), report.plot_bars(result, log=False))
+    report.write_text(path.with_suffix(".md"), _page("Time per mini-batch", result, text))
+    report.write_plot(path.with_suffix(".png"), report.plot_bars(result))
+    if arguments.page is not None:
+        report.replace_on_page(arguments.page, "figure", f"{report.provenance(result)}\n{text}")
 
 
 def _ablation(arguments: Any, settings: Settings, chosen: list[points.Point], _: list[points.Point]) -> None:
@@ -143,10 +153,10 @@ def _ablation(arguments: Any, settings: Settings, chosen: list[points.Point], _:
     text = ablation.tables(result)
     print(f"\n{text}")
     path = arguments.out / _stem("ablation_", result)
-    plot = report.plot_bars(result, log=True)
+    plot = report.plot_bars(result)
     report.write_json(path.with_suffix(".json"), result)
-    report.write_text(path.with_suffix(".md"), report.page("Why it is fast", result, text))
+    report.write_text(path.with_suffix(".md"), _page("Why it is fast", result, text))
     report.write_plot(path.with_suffix(".png"), plot)
     if arguments.page is not None:
+        report.replace_on_page(arguments.page, "ablation", f"{report.provenance(result)}\n{text}")
         report.write_plot(arguments.page.with_suffix(".png"), plot)
-        report.replace_between(arguments.page, "measured", report.page("Measured", result, text))

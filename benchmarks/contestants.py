@@ -20,6 +20,8 @@ from .points import Point, recurrence_bytes
 from .timing import UNAVAILABLE, Call, Settings, compare, copy_call, products, reason
 
 BASE = "numsru.SRU"
+GRAPHED = ", graphed"  # how the name of a contestant in CUDA graphs ends
+PIECE = 64  # steps that the reference computes at a time
 PASSES = ("forward", "forward+backward")
 
 # Largest error of an output or gradient, relative to the largest magnitude of the float64 reference's. Units in the
@@ -183,7 +185,7 @@ def graphed(contestant: Contestant, settings: Settings, training: bool) -> Conte
             captured.append(make(_AsModule(contestant), (sample,)))
         return captured[0](x)
 
-    return contestant._replace(name=f"{contestant.name}, graphed", run=run)
+    return contestant._replace(name=contestant.name + GRAPHED, run=run)
 
 
 def _capture_forward(module: nn.Module, inputs: tuple[Tensor]) -> Callable[[Tensor], Any]:
@@ -312,7 +314,13 @@ def _reference(point: Point, x: Tensor, parameters: list[Tensor]) -> Tensor:
     D, H = point.num_directions, point.hidden_size
     for weight, bias in zip(parameters[0::2], parameters[1::2], strict=True):
         u = F.linear(x, weight).view(point.L, point.B, D, -1, H)
-        x = reference.sru_recurrence(u, x if u.shape[3] == 3 else None, bias)[0]
+        # In pieces where it can be: the time that the gradient of u[t] takes grows with the length of u.
+        steps = point.L if D == 2 else PIECE
+        c, pieces = None, []
+        for u_piece, x_piece in zip(u.split(steps), x.split(steps), strict=True):
+            h, c = reference.sru_recurrence(u_piece, x_piece if u.shape[3] == 3 else None, bias, c)
+            pieces.append(h)
+        x = torch.cat(pieces)
     return x
 
 

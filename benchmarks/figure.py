@@ -51,8 +51,6 @@ def tables(result: dict[str, Any]) -> str:
     parts = []
     for name in PASSES:
         entries = [e for e in result["entries"] if e["pass"] == name]
-        parts += [
-            f"## {name}: ms per batch (ratio to one layer of SRU)\n",
-            report.times_table(entries, "point", 1e3),
-        ]
+        table = report.times_table(entries, "point", 1e3)
+        parts.append(f"{name.capitalize()}: ms per batch (ratio to one layer of SRU)\n\n{table}")
     return "\n".join(parts)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from .contestants import GRAPHED
 from .points import parse
 
 DPI = 120
@@ -64,17 +67,16 @@ def line(entry: dict[str, Any], base: str) -> str:
     return f"{entry['point']}, {entry['pass']}: {base} {number(median * 1e3)} ms; ratios: {others}"
 
 
-def page(title: str, result: dict[str, Any], tables: str) -> str:
-    """Title, what it was measured on and with, tables."""
+def provenance(result: dict[str, Any]) -> str:
+    """What was measured on and with, as a list."""
     machine, settings = result["machine"], result["settings"]
     where = [f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}"]
     if "gpu" in machine:
         where.insert(0, f"{machine['gpu']['name']}, driver {machine['gpu']['driver']}")
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     threads = ", ".join(f"{name} {value}" for name, value in settings["threads"].items())
-    lines = [f"# {title}", "", f"- {'; '.join(where)}", f"- {packages}"]
-    lines += [f"- {result['date']}; {settings['dtype']}; threads: {threads}", ""]
-    return "\n".join(lines) + "\n" + tables
+    lines = ["; ".join(where), packages, f"{result['date']}; {settings['dtype']}; threads: {threads}"]
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
@@ -97,34 +99,46 @@ def write_plot(path: Path, plot: Figure) -> None:
     write(path, lambda part: plot.savefig(part, format="png", dpi=DPI))
 
 
-def replace_between(path: Path, marker: str, text: str) -> None:
-    """Put text in place of what stands between `<!-- marker -->` and `<!-- end of marker -->` on a page.
+def around(path: Path, command: str) -> tuple[str, str]:
+    """What stands before and after the results of a command on a page, with the comments that mark them.
 
     Raises:
-        ValueError: If the page does not have both.
+        ValueError: If the page lacks `<!-- measured by COMMAND -->` or `<!-- end of COMMAND -->`.
     """
-    page = path.read_text(encoding="utf-8")
-    start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
-    if start not in page or end not in page:
+    start, end = f"<!-- measured by {command} -->\n", f"<!-- end of {command} -->"
+    before, found_start, rest = path.read_text(encoding="utf-8").partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found_start or not found_end:
         raise ValueError(f"{path} must hold {start.strip()!r} and {end!r}")
-    before, after = page.split(start)[0], page.split(end)[1]
-    write_text(path, f"{before}{start}{text}{end}{after}")
+    return before + start, end + after
+
+
+def replace_on_page(path: Path, command: str, text: str) -> None:
+    """Put the results of a command in place of those that a page holds."""
+    before, after = around(path, command)
+    write_text(path, before + text + after)
 
 
 def plot_ratios(result: dict[str, Any]) -> Figure:
     """Time of each contestant over that of numsru.SRU, at every point."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    number_of_points = len({e["point"] for e in result["layers"]})
+    figure = Figure(figsize=(6 + 1.1 * number_of_points, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, name in zip(panels, ("forward", "forward+backward"), strict=True):
         entries = [e for e in result["layers"] if e["pass"] == name]
-        for contestant in dict.fromkeys(c for e in entries for c in e["ratios"]):
-            found = [(i, e["ratios"][contestant]) for i, e in enumerate(entries) if contestant in e["ratios"]]
-            style = {"color": COLOURS.get(contestant.removesuffix(", graphed")), "label": contestant}
-            panel.plot(*zip(*found, strict=True), marker="x" if "graphed" in contestant else "o", linestyle="", **style)
+        contestants = list(dict.fromkeys(c for e in entries for c in e["ratios"]))
+        for k, contestant in enumerate(contestants):
+            shift = 0.6 * ((k + 0.5) / len(contestants) - 0.5)  # side by side, as many are about as fast
+            found = [(i + shift, e["ratios"][contestant]) for i, e in enumerate(entries) if contestant in e["ratios"]]
+            colour, marker = COLOURS[contestant.removesuffix(GRAPHED)], "x" if contestant.endswith(GRAPHED) else "o"
+            panel.plot(*zip(*found, strict=True), marker, color=colour, label=contestant, markersize=5)
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_xticks(range(len(entries)), [e["point"] for e in entries], rotation=60, ha="right")
         panel.set(title=name, yscale="log")
-        panel.grid(axis="y", which="both", alpha=0.3)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("time ÷ time of numsru.SRU")
     panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.suptitle(_title(result))
@@ -132,40 +146,54 @@ def plot_ratios(result: dict[str, Any]) -> Figure:
 
 
 def plot_times(result: dict[str, Any]) -> Figure | None:
-    """Time against L, a panel for each batch size and d that was measured at several L; None if there is none."""
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for entry in result["layers"]:
+    """Time against L: a column for each d, a row for each batch size and pass, where there are several L; or None."""
+    groups: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
+    for entry in sorted(result["layers"], key=lambda e: parse(e["point"])):
         point = parse(entry["point"])
         if point.num_layers == 1 and point.input_size == point.output_size:
-            groups.setdefault((point.B, point.input_size), []).append(entry)
-    groups = {key: entries for key, entries in groups.items() if len({e["point"] for e in entries}) > 1}
+            groups.setdefault((point.B, entry["pass"], point.input_size), []).append(entry)
+    groups = {key: entries for key, entries in groups.items() if len(entries) > 1}
     if not groups:
         return None
-    figure = Figure(figsize=(3.2 * len(groups) + 2, 7), layout="constrained")
-    panels = figure.subplots(2, len(groups), squeeze=False, sharex=True)
-    for column, ((B, d), entries) in enumerate(groups.items()):
-        for panel, name in zip(panels[:, column], ("forward", "forward+backward"), strict=True):
-            of_pass = sorted((e for e in entries if e["pass"] == name), key=lambda e: parse(e["point"]).L)
-            for contestant in dict.fromkeys(c for e in of_pass for c in e["times"]):
-                found = [(parse(e["point"]).L, e["times"][contestant]["median"] * 1e3)
-                         for e in of_pass if contestant in e["times"]]  # fmt: skip
-                dashed = "--" if "graphed" in contestant else "-"
-                colour = COLOURS.get(contestant.removesuffix(", graphed"))
-                panel.plot(*zip(*found, strict=True), dashed, marker=".", color=colour, label=contestant)
-            panel.set(xscale="log", yscale="log", title=f"B = {B}, d = {d}, {name}")
-            panel.grid(which="both", alpha=0.3)
-        panels[1, column].set_xlabel("L")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("ms")
-    panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    rows, columns = sorted({(B, name) for B, name, _ in groups}), sorted({d for _, _, d in groups})
+    figure = Figure(figsize=(3.4 * len(columns) + 2, 3.2 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    for row, (B, name) in enumerate(rows):
+        for column, d in enumerate(columns):
+            panel = panels[row, column]
+            if (B, name, d) in groups:
+                _plot_times(panel, groups[B, name, d])
+                panel.set(title=f"B = {B}, d = {d}, {name}", xlabel="L", ylabel="ms")
+            else:
+                panel.set_axis_off()
+    lines = {line.get_label(): line for panel in panels.flat for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small")
     figure.suptitle(_title(result))
     return figure
+
+
+def _plot_times(panel: Axes, entries: list[dict[str, Any]]) -> None:
+    for contestant in dict.fromkeys(c for e in entries for c in e["times"]):
+        found = [e for e in entries if contestant in e["times"]]
+        panel.plot(
+            [parse(e["point"]).L for e in found],
+            [e["times"][contestant]["median"] * 1e3 for e in found],
+            "--" if contestant.endswith(GRAPHED) else "-",
+            marker=".",
+            color=COLOURS[contestant.removesuffix(GRAPHED)],
+            label=contestant,
+        )
+    panel.set(xscale="log", yscale="log")
+    lengths = [parse(e["point"]).L for e in entries]
+    panel.set_xticks(lengths, list(map(str, lengths)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
 
 
 def plot_ceiling(result: dict[str, Any]) -> Figure:
     """The recurrence alone: bytes per second beside those of copies, and as a fraction of an equal copy's."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    rates, fractions = figure.subplots(1, 2)
+    rates, fractions = figure.subplots(1, 2, sharex=True)
     copies = result["ceilings"]["copy"]
     rates.plot(
         [c["bytes"] for c in copies], [c["bytes_per_second"] / 1e9 for c in copies], color="tab:gray", label="copy"
@@ -191,23 +219,25 @@ def plot_ceiling(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def plot_bars(result: dict[str, Any], *, log: bool) -> Figure:
+def plot_bars(result: dict[str, Any]) -> Figure:
     """A panel for each point; bars of all contestants, forward and forward+backward."""
     points = list(dict.fromkeys(e["point"] for e in result["entries"]))
     figure = Figure(figsize=(6.5 * len(points), 4.5), layout="constrained")
     for panel, point in zip(figure.subplots(1, len(points), squeeze=False)[0], points, strict=True):
         entries = [e for e in result["entries"] if e["point"] == point]
-        names = list(entries[0]["times"])
+        names = list(dict.fromkeys(name for e in entries for name in e["times"]))
         for i, entry in enumerate(entries):
-            medians = [entry["times"][name]["median"] * 1e3 if name in entry["times"] else 0 for name in names]
-            at = [j + 0.4 * (0.5 - i) for j in range(len(names))]
-            bars = panel.barh(at, medians, height=0.38, label=entry["pass"])
-            panel.bar_label(bars, [number(m) if m else "" for m in medians], padding=2, fontsize="small")
+            found = [
+                (j, entry["times"][name]["median"] * 1e3) for j, name in enumerate(names) if name in entry["times"]
+            ]
+            medians = [m for _, m in found]
+            bars = panel.barh([j + 0.4 * (i - 0.5) for j, _ in found], medians, height=0.38, label=entry["pass"])
+            panel.bar_label(bars, [number(m) for m in medians], padding=2, fontsize="small")
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
-        panel.set(title=point, xlabel="ms", xscale="log" if log else "linear")
+        panel.set(title=point, xlabel="ms")
         panel.margins(x=0.12)
-        panel.legend(fontsize="small", loc="lower right")
+        panel.legend(fontsize="small")
     figure.suptitle(_title(result))
     return figure
 

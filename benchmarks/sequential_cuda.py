@@ -4,15 +4,16 @@ import functools
 
 import numpy as np
 import torch
-from numba import cuda
+from numba import config, cuda
 from torch import Tensor
 
 from . import sequential
 
 THREADS = 128
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a few columns are a few threads: that is what is measured
 
-_forward_step = cuda.jit(device=True)(sequential.forward_step)
-_backward_step = cuda.jit(device=True)(sequential.backward_step)
+_forward_step = cuda.jit(device=True, inline="always")(sequential.forward_step)
+_backward_step = cuda.jit(device=True, inline="always")(sequential.backward_step)
 
 
 @cuda.jit

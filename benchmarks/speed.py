@@ -86,6 +86,15 @@ def _free(settings: Settings) -> None:
         torch.cuda.empty_cache()
 
 
+def layer_tables(result: dict[str, Any]) -> str:
+    """Time of every contestant at every point, a table for each pass."""
+    parts = []
+    for name in PASSES:
+        entries = [e for e in result["layers"] if e["pass"] == name]
+        parts.append(f"{name.capitalize()}: ms (ratio to numsru.SRU)\n\n{report.times_table(entries, 'point', 1e3)}")
+    return "\n".join(parts)
+
+
 def tables(result: dict[str, Any]) -> str:
     """The result as text."""
     ceilings = result["ceilings"]
@@ -99,9 +108,7 @@ def tables(result: dict[str, Any]) -> str:
         ),
         f"Matrix product of {size}: {rates}.\n",
     ]
-    for name in PASSES:
-        entries = [e for e in result["layers"] if e["pass"] == name]
-        parts += [f"## Layers, {name}: ms (ratio to numsru.SRU)\n", report.times_table(entries, "point", 1e3)]
+    parts += ["## Layers\n", layer_tables(result)]
     rows = []
     for e in result["recurrence"]:
         times = e["times"]

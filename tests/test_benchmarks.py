@@ -1,0 +1,456 @@
+"""The benchmarks run, tiny, and write what they say; their helpers count and divide right."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numsru  # noqa: E402
+from benchmarks import ablation, cli, contestants, machine, points, report, sequential, timing  # noqa: E402
+from benchmarks.contestants import MismatchError, loop, scan, sequential_layer  # noqa: E402
+from benchmarks.points import Point, square  # noqa: E402
+from benchmarks.timing import Settings  # noqa: E402
+from numsru import reference  # noqa: E402
+
+CPU = Settings(torch.device("cpu"), "float32", seconds=0.01, small=True)
+PNG = b"\x89PNG\r\n\x1a\n"
+OF_EVERY_POINT = {"numsru.SRU", "nn.LSTM", "nn.GRU", "Conv1d k=2", "Conv1d k=3", "F.linear"}
+ON_A_GPU = {f"{name}, graphed" for name in ("numsru.SRU", "nn.LSTM", "F.linear")}
+OF_ONE_LAYER = {"torch loop", "compiled loop", "compiled scan"}
+
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def run(command: str, device: str, out: Path, *options: str) -> tuple[dict, set[str]]:
+    """What a tiny run writes: its JSON, and the names of all files."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert cli.main([command, "--device", device, "--small", "--out", str(out), *options]) == 0
+    names = {path.name for path in out.iterdir()}
+    (json_name,) = (name for name in names if name.endswith(".json"))
+    for name in names:
+        if name.endswith(".png"):
+            assert (out / name).read_bytes().startswith(PNG)
+    return json.loads((out / json_name).read_text(encoding="utf-8")), names
+
+
+def assert_complete(entry: dict, names: set[str], base: str) -> None:
+    """Every contestant has finite times; those of the base are the unit of the ratios."""
+    assert entry["unavailable"] == {}
+    assert set(entry["times"]) == set(entry["ratios"]) == names
+    for times in entry["times"].values():
+        assert 0 < times["low"] <= times["median"] <= times["high"] < math.inf
+        assert times["samples"] == timing.ROUNDS[0]
+    assert entry["ratios"][base] == 1
+    assert all(0 < ratio < math.inf for ratio in entry["ratios"].values())
+
+
+def assert_describes_its_machine(result: dict, device: str) -> None:
+    assert result["machine"]["processor"]
+    assert result["machine"]["cores"] >= 1
+    assert ("gpu" in result["machine"]) == (device == "cuda")
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["numsru"] == numsru.__version__
+    assert result["settings"]["threads"]["torch"] == torch.get_num_threads()
+    assert result["settings"] | {"device": device, "dtype": "float32", "small": True} == result["settings"]
+
+
+@devices
+def test_speed_measures_every_contestant_at_every_point(device, tmp_path):
+    result, names = run("speed", device, tmp_path)
+    stem = machine.short_name(result["machine"])
+    assert names == {f"{stem}{end}" for end in (".json", ".md", "_ceiling.png", "_ratios.png")}
+    assert_describes_its_machine(result, device)
+    assert all(c["bytes_per_second"] > 0 for c in result["ceilings"]["copy"])
+    routes = {"F.linear", "conv 1x1"} if device == "cpu" else {"F.linear"}
+    assert set(result["ceilings"]["product_flops_per_second"]) == routes
+
+    layers = {(e["point"], e["pass"]): e for e in result["layers"]}
+    assert set(layers) == {(p.name, name) for p in points.SMALL for name in ("forward", "forward+backward")}
+    for (point, _), entry in layers.items():
+        expected = OF_EVERY_POINT | routes | (ON_A_GPU if device == "cuda" else set())
+        if point == points.SMALL[0].name:
+            expected |= OF_ONE_LAYER
+            if device == "cuda":
+                expected |= {"sequential kernel", "sequential kernel, graphed"}
+        assert_complete(entry, expected, "numsru.SRU")
+        assert set(entry["errors"]) == set(entry["first_call"]) >= {"numsru.SRU"}
+        assert all(error < 1e-4 for error in entry["errors"].values())
+        assert entry["product_fraction"] > 0
+
+    recurrence = {(e["point"], e["pass"]): e for e in result["recurrence"]}
+    assert set(recurrence) == {(p.name, name) for p in points.SMALL for name in ("forward", "backward")}
+    for (point, direction), entry in recurrence.items():
+        one_layer = {"sequential kernel"} if point == points.SMALL[0].name else set()
+        assert_complete(entry, {"numsru", "copy"} | one_layer, "copy")
+        assert entry["bytes"] == points.recurrence_bytes(points.parse(point), 4, direction)
+        times = entry["times"]["numsru"]
+        assert times["bytes_per_second"] == pytest.approx(entry["bytes"] / times["median"])
+        ceiling = result["ceilings"]["copy_bytes_per_second"]
+        assert times["fraction_of_ceiling"] == pytest.approx(times["bytes_per_second"] / ceiling)
+
+    assert [(e["B"], e["d"]) for e in result["streaming"]] == points.SMALL_STREAMING
+    for entry in result["streaming"]:
+        assert_complete(entry, {"numsru.SRUCell", "nn.LSTMCell", "nn.GRUCell", "F.linear"}, "numsru.SRUCell")
+
+    page = (tmp_path / f"{stem}.md").read_text(encoding="utf-8")
+    assert all(f"| {point.name} " in page for point in points.SMALL)
+    assert "Could not run" not in page
+
+
+@devices
+def test_figure_has_stacks_of_every_depth(device, tmp_path):
+    result, names = run("figure", device, tmp_path)
+    assert {Path(name).suffix for name in names} == {".json", ".md", ".png"}
+    assert_describes_its_machine(result, device)
+    assert [e["pass"] for e in result["entries"]] == ["forward", "forward+backward"]
+    for entry in result["entries"]:
+        expected = {"LSTM", "Conv1d k=3", "Conv1d k=2", "SRU, 1 layer", "SRU, 2 layers", "SRU, 4 layers"}
+        assert_complete(entry, expected, "SRU, 1 layer")
+
+
+@devices
+def test_ablation_puts_its_table_on_a_page(device, tmp_path):
+    page = page_for("ablation", tmp_path)
+    result, names = run("ablation", device, tmp_path / "out", "--page", str(page))
+    assert {Path(name).suffix for name in names} == {".json", ".md", ".png"}
+    assert_describes_its_machine(result, device)
+    assert [e["pass"] for e in result["entries"]] == ["forward", "forward+backward"]
+    for entry in result["entries"]:
+        assert_complete(entry, {c.name for c in ablation.steps(points.SMALL[0], CPU)}, "numsru.SRU")
+
+    assert ablation.RECURRENT in text_between_markers("ablation", page)
+    assert page.with_suffix(".png").read_bytes().startswith(PNG)
+
+
+def page_for(command: str, folder: Path) -> Path:
+    page = folder / "page" / "why.md"
+    page.parent.mkdir()
+    page.write_text(
+        f"before\n<!-- measured by {command} -->\nold\n<!-- end of {command} -->\nafter\n", encoding="utf-8"
+    )
+    return page
+
+
+def text_between_markers(command: str, page: Path) -> str:
+    """What a run has put there; the rest of the page is as it was."""
+    text = page.read_text(encoding="utf-8")
+    start, end = f"before\n<!-- measured by {command} -->\n", f"<!-- end of {command} -->\nafter\n"
+    assert text.startswith(start)
+    assert text.endswith(end)
+    assert "old" not in text
+    return text.removeprefix(start).removesuffix(end)
+
+
+@pytest.mark.parametrize("command", ["speed", "figure"])
+def test_tables_are_put_on_a_page(command, tmp_path):
+    page = page_for(command, tmp_path)
+    run(command, "cpu", tmp_path / "out", "--points", "2x3x4", "--page", str(page))
+    assert "| 2x3x4 " in text_between_markers(command, page)
+
+
+def test_pages_of_the_repository_have_their_markers():
+    for page, command in (
+        ("docs/why_it_is_fast.md", "ablation"),
+        ("benchmarks/README.md", "speed"),
+        ("benchmarks/README.md", "figure"),
+    ):
+        assert all(report.around(ROOT / page, command))
+
+
+@pytest.mark.parametrize("command", ["speed", "figure", "ablation"])
+def test_points_on_the_command_line_replace_the_grid(command, tmp_path):
+    result, _ = run(command, "cpu", tmp_path, "--points", "2x3x4")
+    assert {e["point"] for e in result.get("layers", result.get("entries"))} == {"2x3x4"}
+
+
+def test_times_are_plotted_where_several_lengths_share_a_size(tmp_path):
+    _, names = run("speed", "cpu", tmp_path, "--points", "2x3x4", "5x3x4", "2x3x5")
+    assert any(name.endswith("_times.png") for name in names)
+
+
+def test_command_of_the_documentation_runs_from_the_root(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "figure", "--device", "cpu", "--small", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("figure_cpu_*.json")
+    assert json.loads(path.read_text(encoding="utf-8"))["settings"]["threads"]["OMP_PROC_BIND"] == "true"
+
+
+@pytest.mark.parametrize("name", ["12", "1x2", "0x3x4", "axbxc", "2x3x4-h0", "128x32x256 "])
+def test_malformed_point_is_refused(name, capsys):
+    assert cli.main(["--points", name]) == 2
+    assert repr(name) in capsys.readouterr().err
+
+
+def test_wrong_numsru_ends_the_run_before_anything_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(numsru, "SRU", WrongSRU)
+    monkeypatch.setattr(contestants, "compare", lambda *arguments: pytest.fail("timed"))
+    assert cli.main(["ablation", "--device", "cpu", "--small", "--out", str(tmp_path)]) == 1
+    assert "relative error" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+class WrongSRU(numsru.SRU):
+    def forward(self, *arguments, **options):
+        output, c_n = super().forward(*arguments, **options)
+        return output * 1.001, c_n
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_wrong_contestant_is_reported_in_place_of_its_time(training):
+    base, rnn = contestants.sru(square(3, 2, 4), CPU)
+    wrong = contestants.of_sru("wrong", lambda x, weight, bias: 2 * loop(x, weight, bias), rnn, base)
+    entry = contestants.measure([base, wrong], square(3, 2, 4), CPU, training)
+    assert set(entry["times"]) == {"numsru.SRU"}
+    assert entry["unavailable"]["wrong"].startswith("MismatchError: wrong at 3x2x4")
+
+
+def test_gradient_that_is_wrong_is_named():
+    base, rnn = contestants.sru(square(3, 2, 4), CPU)
+
+    def run(x):
+        return rnn(x)[0] + (rnn.bias_l0 - rnn.bias_l0.detach()).sum()  # the right output, another gradient
+
+    with pytest.raises(MismatchError, match="of the gradient of parameter 1,"):
+        contestants.check([base._replace(run=run)], square(3, 2, 4), CPU, training=True)
+
+
+def test_contestant_that_cannot_run_is_reported_with_its_reason():
+    def refuse():
+        raise TypeError("no such dtype\nmore")
+
+    result = timing.compare({"base": lambda: None, "other": refuse}, CPU, "base")
+    assert result["unavailable"] == {"other": "TypeError: no such dtype"}
+    assert set(result["times"]) == {"base"}
+    with pytest.raises(TypeError, match="no such dtype"):
+        timing.compare({"base": refuse}, CPU, "base")
+
+
+@pytest.mark.parametrize("form", [loop, scan, sequential_layer, ablation.product_per_step, ablation.one_product])
+@pytest.mark.parametrize("L", [1, 2, 7, 12])
+def test_form_of_the_sru_matches_reference(form, L):
+    point = square(L, 3, 5)
+    base, rnn = contestants.sru(point, CPU)
+    checked = contestants.check([base, contestants.of_sru("form", form, rnn, base)], point, CPU, training=True)
+    assert checked["unavailable"] == {}
+    assert checked["errors"]["form"] < 2e-6
+
+
+def test_recurrent_form_without_recurrent_weights_is_an_sru():
+    rnn = numsru.SRU(4, 4)
+    x = torch.randn(6, 2, 4)
+    weight, bias = rnn.weight_l0, rnn.bias_l0
+    recurrent = ablation.recurrent_form(x, weight, bias, torch.zeros(8, 4))
+    torch.testing.assert_close(recurrent, loop(x, weight, bias))
+    assert not torch.allclose(recurrent, ablation.recurrent_form(x, weight, bias, torch.ones(8, 4)))
+
+
+def test_product_by_convolution_is_the_linear_product():
+    x, weight = torch.randn(5, 3, 4), torch.randn(6, 4)
+    torch.testing.assert_close(timing.conv_product(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_recurrence_is_run_on_inputs_of_the_last_layer(direction):
+    for point in points.SMALL:
+        prepared = contestants.recurrence_calls(point, CPU, direction, copies=2)
+        for prepare in prepared.values():
+            first, second = prepare()
+            first(), second(), first()  # backward keeps its graph
+
+
+def test_sequential_kernel_refuses_other_dtypes():
+    u, x, bias = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 1, 1, 3, 4), (2, 1, 4), (1, 2, 4)))
+    with pytest.raises(TypeError, match="computes in float32"):
+        sequential.sru_recurrence(u, x, bias)
+
+
+SIMULATED = """
+import numpy as np
+from benchmarks import sequential, sequential_cuda
+L, B, H = 5, 3, 4
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+u, x, bias, grad_h = normal(L, B, 3, H), normal(L, B, H), normal(2, H), normal(L, B, H)
+results = []
+for forward, backward in (
+    (sequential._forward_cpu, sequential._backward_cpu),
+    (sequential_cuda.forward[2, 8], sequential_cuda.backward[2, 8]),
+):
+    h, c, grad_u, grad_x = (np.full_like(a, np.nan) for a in (x, x, u, x))
+    grad_c, grad_bias = np.zeros_like(x[0]), np.zeros((B, 2, H), np.float32)
+    forward(u, x, bias, h, c)
+    backward(u, x, bias, c, grad_h, grad_u, grad_x, grad_c, grad_bias)
+    results.append((h, c, grad_u, grad_x, grad_c, grad_bias))
+for a, b in zip(*results, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+print("agree")
+"""
+
+
+def run_numba_cuda(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "DynamicLibNotFoundError" in done.stderr:
+        pytest.skip(f"numba.cuda cannot be imported: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sequential_cuda_kernel_agrees_with_the_cpus_in_the_simulator():
+    assert run_numba_cuda(SIMULATED, NUMBA_ENABLE_CUDASIM="1") == "agree\n"
+
+
+COMPILED = """
+from numba import cuda, float32, void
+from benchmarks import sequential_cuda
+one, two, three, four = (float32[(slice(None),) * (n - 1) + (slice(None, None, 1),)] for n in (1, 2, 3, 4))
+for kernel, signature in (
+    (sequential_cuda.forward, void(four, three, two, three, three)),
+    (sequential_cuda.backward, void(four, three, two, three, three, four, three, two, three)),
+):
+    ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=(9, 0))
+    print(".f64" in ptx, ".local" in ptx)
+"""
+
+
+def test_sequential_cuda_kernel_compiles_to_float32_alone():
+    assert run_numba_cuda(COMPILED) == "False False\n" * 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_bytes_are_those_of_the_arrays_that_are_read_and_written(direction):
+    for point in (square(7, 3, 5), Point(7, 3, 10, 5, bidirectional=True), Point(7, 3, 6, 5)):
+        u, x, h = _arrays(point)
+        moved = [u, h] + ([] if x is None else [x])
+        if direction == "backward":
+            moved.extend(torch.autograd.grad(h, [u] + ([] if x is None else [x]), torch.ones_like(h)))
+        assert points.recurrence_bytes(point, 8, direction) == sum(a.nbytes for a in moved)
+
+
+def _arrays(point):
+    """u, x and h of a layer; x is None with K = 4."""
+    D, H = point.num_directions, point.hidden_size
+    K = 3 if point.input_size == point.output_size else 4
+    u = torch.randn(point.L, point.B, D, K, H, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(point.L, point.B, D * H, dtype=torch.float64, requires_grad=True) if K == 3 else None
+    return u, x, reference.sru_recurrence(u, x)[0]
+
+
+@pytest.mark.parametrize("point", [*points.SMALL, points.CUDA[-1]], ids=lambda point: point.name)
+def test_operations_are_those_of_numsrus_weights(point):
+    rnn = contestants.sru(point, CPU)[1]
+    elements = sum(getattr(rnn, f"weight_l{i}").numel() for i in range(point.num_layers))
+    assert points.product_flops(point, training=False) == 2 * elements * point.L * point.B
+    assert points.product_flops(point, training=True) == 6 * elements * point.L * point.B
+
+
+@pytest.mark.parametrize("point", [*points.CPU, *points.CUDA, *points.SMALL], ids=lambda point: point.name)
+def test_name_of_a_point_is_parsed(point):
+    assert points.parse(point.name) == point
+
+
+def test_grids_have_no_point_twice():
+    assert len(set(points.CPU)) == len(points.CPU) == 6
+    assert len(set(points.CUDA)) == len(points.CUDA) == 20 + 16 + 1
+
+
+def test_ratio_compares_within_each_round():
+    assert timing.ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0]) == 3
+
+
+def test_summary_has_median_with_quartiles():
+    assert timing.summary([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3, "low": 2, "high": 4, "samples": 5}
+
+
+def test_every_round_runs_every_contestant():
+    order = []
+    samples = timing.alternate({name: lambda name=name: order.append(name) for name in "abc"}, CPU)
+    assert {name: len(s) for name, s in samples.items()} == dict.fromkeys("abc", timing.ROUNDS[0])
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first three estimate
+    assert len(rounds) == timing.ROUNDS[0]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu_intel-xeon-platinum-8481c"),
+        ("Intel(R) Xeon(R) Processor", "cpu_intel-xeon"),
+        ("AMD EPYC 9B45 64-Core Processor", "cpu_amd-epyc-9b45"),
+        ("Apple M3", "cpu_apple-m3"),
+    ],
+)
+def test_short_name_of_a_processor(name, short):
+    assert machine.short_name({"processor": name}) == short
+
+
+def test_short_name_of_a_gpu_is_its_own():
+    assert machine.short_name({"processor": "any", "gpu": {"name": "NVIDIA H100 80GB HBM3"}}) == (
+        "cuda_nvidia-h100-80gb-hbm3"
+    )
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.012345, "0.0123"), (1.5, "1.5"), (999.6, "1000"), (12345.6, "12346")])
+def test_numbers_have_three_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_table_is_aligned_markdown():
+    assert report.table(["point", "ms"], [["a", "1.25"], ["longer name", "3"]]) == (
+        "| point       |   ms |\n| ----------- | ---: |\n| a           | 1.25 |\n| longer name |    3 |\n"
+    )
+
+
+def test_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "result.json"
+    report.write_text(path, "old")
+
+    def fail(part):
+        part.write_text("half", encoding="utf-8")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        report.write(path, fail)
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.parametrize("text", ["", "<!-- measured by figure -->\n", "<!-- end of figure -->"])
+def test_page_without_markers_is_refused_before_anything_is_measured(text, tmp_path, capsys):
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    page.write_text(text, encoding="utf-8")
+    assert cli.main(["figure", "--device", "cpu", "--small", "--out", str(out), "--page", str(page)]) == 2
+    assert "'<!-- end of figure -->'" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_precision_is_set_back(tmp_path):
+    before = torch.get_float32_matmul_precision()
+    assert cli.main(["figure", "--device", "cpu", "--dtype", "tf32", "--small", "--out", str(tmp_path)]) == 0
+    assert torch.get_float32_matmul_precision() == before
+    assert any(path.name.endswith("_tf32.json") for path in tmp_path.iterdir())
+
+
+def test_reference_in_pieces_is_the_whole(monkeypatch):
+    base, _ = contestants.sru(square(8, 2, 3), CPU)
+    monkeypatch.setattr(contestants, "PIECE", 3)
+    checked = contestants.check([base], square(8, 2, 3), CPU, training=True)
+    assert checked["errors"]["numsru.SRU"] < 2e-6
