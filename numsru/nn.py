@@ -291,18 +291,21 @@ class SRU(_SRUBase):
         rnn_dropout: Probability of dropping a feature of the matrix products' input, one mask for all steps
             ("variational dropout", Gal and Ghahramani, arXiv:1512.05287). The highway sees the undropped input where
             it has no matrix of its own.
-        nonlinearity: g: "tanh", "identity", "relu" or "selu". Default: "tanh" in version 1, "identity" in version 2.
-        highway: False leaves out the highway: :math:`h_t = r_t \odot g(c_t)`.
-        highway_bias: Initial bias of the reset gate; negative values let more of x through.
+        nonlinearity: g: "tanh", "identity", "relu" or "selu". Default: "tanh" in version 1, "identity" in version 2, as
+            in the two papers; the others as in their authors' package `sru`.
+        highway: False leaves out the highway: :math:`h_t = r_t \odot g(c_t)` (`has_skip_term` of `sru`).
+        highway_bias: Initial bias of the reset gate; negative values let more of x through (arXiv:1709.02755v5,
+            section 3.2).
         rescale: Multiply the highway input by :math:`\sqrt{1 + 2 e^{b}}`, b = `highway_bias`, so that h has the
             variance of x (arXiv:1709.02755v5, section 3.2).
         version: 1, the equations above (arXiv:1709.02755v1), or 2, where both gates also see
             :math:`v \odot c_{t-1}` (arXiv:1709.02755v5).
-        dropout_placement: "paper" drops g(c) and leaves the highway as it is (version 1 of the paper); "highway" lets
-            a dropped unit pass x through (the authors' package from 2.3.3 on).
-        layer_norm: "pre" normalises the input of the matrix products, "post" the output of each layer.
+        dropout_placement: "paper" drops g(c) and leaves the highway as it is (arXiv:1709.02755v1); "highway" lets
+            a dropped unit pass x through (`sru` from 2.3.3 on).
+        layer_norm: "pre" normalises the input of the matrix products, "post" the output of each layer (`layer_norm` and
+            `normalize_after` of `sru` 2.6; Ba et al., arXiv:1607.06450).
         projection_size: Where smaller than a layer's input and output, its matrix is the product of one of
-            `projection_size` rows and one of as many columns. 0: none.
+            `projection_size` rows and one of as many columns, as in `sru`. 0: none.
         device, dtype: Of the parameters; float32 or float64.
 
     Inputs: `input, c_0=None, *, lengths=None, mask_pad=None, cu_seqlens=None`
