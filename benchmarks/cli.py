@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import numsru
+
 from . import ablation, figure, machine, points, report, speed
 from .contestants import MismatchError
 from .timing import Settings
@@ -20,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if numsru's results are wrong, 2 if the arguments are."""
+    """Run the command; 0 if all went well, 1 if numsru's results are wrong, 2 if it cannot be done as asked."""
     arguments = _parser().parse_args(argv)
     try:
         chosen = [points.parse(name) for name in arguments.points if name != "all"]
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: torch finds no CUDA device", file=sys.stderr)
         return 2
     settings = Settings(device, arguments.dtype, arguments.seconds, arguments.small)
+    if refusal := _refusal(settings):
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
     try:
         with _precision(settings):
@@ -69,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page", type=Path, help="a Markdown page to put the tables into")
     parser.add_argument("--small", action="store_true", help="tiny shapes, few samples: to see that everything runs")
     return parser
+
+
+def _refusal(settings: Settings) -> str:
+    """Why numsru does not compute in this dtype on this device; empty if it does."""
+    try:
+        numsru.SRUCell(1, 1, device=settings.device, dtype=settings.torch_dtype)(settings.randn(1, 1))
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

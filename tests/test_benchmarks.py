@@ -201,6 +201,15 @@ def test_wrong_numsru_ends_the_run_before_anything_is_timed(tmp_path, capsys, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dtype_that_numsru_refuses_ends_the_run(tmp_path, capsys, monkeypatch):
+    def refuse(*arguments):
+        raise TypeError("not in this dtype")
+
+    monkeypatch.setattr(numsru.SRUCell, "forward", refuse)
+    assert cli.main(["figure", "--device", "cpu", "--small", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: not in this dtype\n"
+
+
 class WrongSRU(numsru.SRU):
     def forward(self, *arguments, **options):
         output, c_n = super().forward(*arguments, **options)
