@@ -538,6 +538,25 @@ def test_short_path_of_a_step_computes_what_the_long_one_does(monkeypatch, name,
     torch.testing.assert_close(c_0, before)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_step_in_two_directions_computes_what_the_long_path_does(version):
+    torch.manual_seed(0)
+    rnn = SRU(8, 4, 2, bidirectional=True, version=version)
+    x, c_0 = torch.randn(1, 3, 8), torch.randn(4, 3, 4)
+    expected = rnn(x, c_0)
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x, c_0), expected)
+
+
+def test_a_step_takes_arguments_that_are_not_contiguous():
+    torch.manual_seed(0)
+    rnn = SRU(8, 8, 2)
+    x, c_0 = torch.randn(8, 3).t().unsqueeze(0), torch.randn(2, 8, 3).transpose(1, 2)
+    expected = rnn(x, c_0)
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x, c_0), expected)
+
+
 def _count_calls(monkeypatch):
     calls, step = [], cpu_kernels.step
     monkeypatch.setattr(cpu_kernels, "step", lambda *args: calls.append(args) or step(*args))
