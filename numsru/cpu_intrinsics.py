@@ -103,6 +103,39 @@ def _upper_half(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
+def prefer_wide_vectors(typingctx: Any) -> Any:
+    """Have LLVM use vectors of 512 bits in the calling function where there are any.
+
+    For most of Intel's processors LLVM stays at 256 bits, since loops with little arithmetic gain nothing beyond. The
+    kernels have much.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # llvmlite's `add` takes LLVM's own attributes alone, not those of a target, which are strings.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Have the cache line at `address`, which need not exist, brought near."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], _PREFETCH)
+        read, keep, data = i32(0), i32(3), i32(1)
+        builder.call(function, [builder.inttoptr(args[0], pointer), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+_PREFETCH = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3])
+
+
+@intrinsic
 def fetch_add(typingctx: Any, address: Any, increment: Any) -> Any:
     """Add to the int64 at `address` atomically; returns its value before."""
 

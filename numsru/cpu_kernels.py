@@ -25,7 +25,7 @@ from numba import cfunc, types
 from torch import Tensor
 
 from . import cpu_intrinsics, recurrence
-from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, store
+from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, prefer_wide_vectors, prefetch, store
 from .recurrence import (
     LENGTHS,
     MASK,
@@ -153,6 +153,7 @@ def _forward_kernel(options: Options, storage: Any) -> Any:
     parts, real, size, stored = options.parts, _real(storage), _itemsize(_real(storage)), _itemsize(storage)
 
     def forward(args):
+        prefer_wide_vectors()
         first, end, L, B, D, H = (
             _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7), _word(args, 8), _word(args, 9),
         )  # fmt: skip
@@ -197,6 +198,11 @@ def _forward_kernel(options: Options, storage: Any) -> Any:
                         gates, state = (d * 2 * H + unit) * size, ((b * D + d) * H + unit) * size
                         for block in range(blocks):
                             j = _start_of_block(block, units)
+                            # The processor does not foresee that a row is followed by the next row's other parts.
+                            for part in range(parts):
+                                prefetch(u_row + (directions * parts * H + part * H + j) * stored)
+                            if skip_kind == SKIP_INPUT:
+                                prefetch(x + at + (D * H + j) * stored)
                             if j + WIDTH <= units and j == block * WIDTH:
                                 for i in range(WIDTH):
                                     _forward_unit(
@@ -269,6 +275,7 @@ def _backward_kernel(options: Options, storage: Any) -> Any:
     parts, real, size, stored = options.parts, _real(storage), _itemsize(_real(storage)), _itemsize(storage)
 
     def backward(args):
+        prefer_wide_vectors()
         first, end, L, B, D, H = (
             _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7), _word(args, 8), _word(args, 9),
         )  # fmt: skip
@@ -318,8 +325,18 @@ def _backward_kernel(options: Options, storage: Any) -> Any:
                                 continue
                             u_row = u + ((position * D + d) * parts * H + unit) * stored
                             forget = forgets + k % TILE * H * size
+                            ahead = D * parts * H * (1 if padding == PACKED else B) * (-1 if d == 1 else 1)
+                            at = ((position * D + d) * H + unit) * stored
                             for block in range(blocks):
                                 j = _start_of_block(block, units)
+                                # What the next step needs here, and what the way back needs of this one.
+                                prefetch(u_row + (ahead + j) * stored)
+                                prefetch(u_row + (ahead + H + j) * stored)
+                                for part in range(2, parts):
+                                    prefetch(u_row + (part * H + j) * stored)
+                                if skip_kind == SKIP_INPUT:
+                                    prefetch(x + at + j * stored)
+                                prefetch(grad_h + at + j * stored)
                                 if j + WIDTH <= units and j == block * WIDTH:
                                     for i in range(WIDTH):
                                         _state_unit(
@@ -478,7 +495,7 @@ def _address(a: Tensor | None) -> int:
     return 0 if a is None else a.data_ptr()
 
 
-_STORAGE = {
+STORAGE = {
     torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: BFLOAT16,
 }  # fmt: skip
 
@@ -500,11 +517,51 @@ def forward(
     saved = bias.new_empty(_count_saved(options.padding, steps, B), D * H) if options.save_c else None
     if c_n.numel():
         # c_n holds the state from the start: no need to compile for an initial state, and once more without one.
-        kernel = _forward_kernel(options._replace(has_c_0=False), _STORAGE[u.dtype])
+        kernel = _forward_kernel(options._replace(has_c_0=False), STORAGE[u.dtype])
         launch = Launch(0, steps, L, B, D, H, 0, D)
         arrays = [_address(a) for a in (u, x, bias, weight_c, mask_c, valid, c_n, h, saved)]
         _run(kernel, _tasks(launch, options.padding), launch, scale_x, arrays)
     return h, c_n, saved
+
+
+_BYTES_AT_A_TIME = 16 << 20  # of u in inference: malloc keeps so much and needs no new pages for it
+
+
+def layer_forward(
+    options: Options, v: Tensor, weight: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None,
+    c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int, D: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """h and c_n of a layer without gradients: u is computed for a piece of the time, used, and overwritten."""
+    steps, rows = len(v), v.shape[1] if v.dim() == 3 else 1
+    H, part = bias.shape[-1], weight.shape[0] // D
+    h = v.new_empty(*v.shape[:-1], D * H)
+    c_n = bias.new_zeros(B, D * H) if c_0 is None else c_0.clone()
+    if not c_n.numel() or not steps:
+        return h, c_n
+    v = v.view(steps * rows, -1)
+    pieces = max(1, -(-steps * rows * weight.shape[0] * v.element_size() // _BYTES_AT_A_TIME))
+    kernel = _forward_kernel(options._replace(has_c_0=False), STORAGE[v.dtype])
+
+    def run(first: int, end: int, first_direction: int, directions: int, u: Tensor) -> None:
+        columns = slice(first_direction * part, (first_direction + directions) * part)
+        torch.mm(v[first * rows : end * rows], weight[columns].t(), out=u)
+        launch = Launch(first, end, L, B, D, H, first_direction, directions)
+        others = [_address(a) for a in (x, bias, weight_c, mask_c, valid, c_n, h)]
+        u_of_step_0 = u.data_ptr() - first * rows * directions * part * u.element_size()
+        _run(kernel, _tasks(launch, options.padding), launch, scale_x, [u_of_step_0, *others, 0])
+
+    if pieces == 1:
+        run(0, steps, 0, D, v.new_empty(steps * rows, D * part))
+        return h, c_n
+    length = -(-steps // pieces)
+    buffer = v.new_empty(length * rows, part)
+    for first in range(0, steps, length):
+        end = min(first + length, steps)
+        u = buffer[: (end - first) * rows]
+        run(first, end, 0, 1, u)
+        if D == 2:  # from the end, in pieces of the same lengths
+            run(steps - end, steps - first, 1, 1, u)
+    return h, c_n
 
 
 def step(
@@ -529,7 +586,7 @@ def step(
 def step_kernel(version: int, nonlinearity: str, skip: int, dtype: torch.dtype) -> _Kernel:
     """The kernel of a step, which is that of a sequence."""
     options = Options(version, NONLINEARITIES[nonlinearity], PAPER, skip)
-    return _forward_kernel(options, _STORAGE[dtype])  # type: ignore[no-any-return]
+    return _forward_kernel(options, STORAGE[dtype])  # type: ignore[no-any-return]
 
 
 def backward(
@@ -542,7 +599,7 @@ def backward(
     grad_c, sum_bias = grad_c_n.clone(), bias.new_zeros(B, D, 2, H)
     sum_weight_c = None if weight_c is None else torch.zeros_like(sum_bias)
     if grad_c.numel():
-        kernel = _backward_kernel(options._replace(has_c_0=False), _STORAGE[u.dtype])
+        kernel = _backward_kernel(options._replace(has_c_0=False), STORAGE[u.dtype])
         launch = Launch(0, len(u), L, B, D, H, 0, D)
         tasks = _tasks(launch, options.padding)
         scratch = bias.new_empty(tasks[1], 2 * TILE + 1, H)
