@@ -2,6 +2,7 @@
 
 from .autograd import sru_recurrence
 from .nn import SRU, SRUCell
+from .warmup import warmup
 
 __version__ = "0.1.0"
-__all__ = ["SRU", "SRUCell", "sru_recurrence"]
+__all__ = ["SRU", "SRUCell", "sru_recurrence", "warmup"]
