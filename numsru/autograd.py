@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_kernels, reference
@@ -23,7 +25,12 @@ from .recurrence import (
     Options,
 )
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What states are kept in, and gates computed in, for a `u` of some dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _kernels(device_type: str) -> ModuleType | None:
@@ -42,43 +49,121 @@ def _kernels(device_type: str) -> ModuleType | None:
     return None
 
 
+class _Call(NamedTuple):
+    """A call of the recurrence with its arguments checked. The tensors are contiguous, x and u apart."""
+
+    kernels: ModuleType
+    options: Options
+    scale_x: float
+    L: int
+    B: int
+    D: int
+    H: int
+
+    def forward(
+        self, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
+        mask_c: Tensor | None, valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """h, c_n and what backward needs of c."""
+        return self.kernels.forward(  # type: ignore[no-any-return]
+            self.options, u, x, bias, weight_c, c_0, mask_c, valid, self.scale_x, self.L, self.B
+        )
+
+    def backward(
+        self, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, mask_c: Tensor | None,
+        valid: Tensor | None, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """Gradients of u, x, bias, weight_c and c_0."""
+        return self.kernels.backward(  # type: ignore[no-any-return]
+            self.options, u, x, bias, weight_c, mask_c, valid, self.scale_x, self.L, self.B, c,
+            grad_h.contiguous(), grad_c_n.contiguous(),
+        )  # fmt: skip
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: ModuleType, options: Options, scale_x: float, L: int, B: int, u: Tensor, x: Tensor | None,
-        bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None,
+        ctx: Any, call: _Call, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
+        mask_c: Tensor | None, valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        h, c_n, c = kernels.forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B)
+        h, c_n, c = call.forward(u, x, bias, weight_c, c_0, mask_c, valid)
         ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c, c_0)
-        ctx.constants = kernels, options, scale_x, L, B
+        ctx.call = call
         return h, c_n
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on in a backward pass that is itself to be differentiated.
-        compute: Any = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        grads = compute(*ctx.constants, *ctx.saved_tensors, grad_h, grad_c_n)
-        needed = ctx.needs_input_grad[5:10]
-        return *[None] * 5, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
+        grads = _compute_once(_recurrence_gradients, ctx.call, *ctx.saved_tensors, grad_h, grad_c_n)
+        needed = ctx.needs_input_grad[1:6]
+        return None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
 
 
-def _gradients(
-    kernels: ModuleType, options: Options, scale_x: float, L: int, B: int, u: Tensor, x: Tensor | None, bias: Tensor,
-    weight_c: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, c: Tensor, c_0: Tensor | None,
-    grad_h: Tensor, grad_c_n: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The kernels' gradients. They find c_0 in c; it is an argument because the gradients depend on it."""
-    return kernels.backward(  # type: ignore[no-any-return]
-        options, u, x, bias, weight_c, mask_c, valid, scale_x, L, B, c, grad_h.contiguous(), grad_c_n.contiguous()
-    )
+def _recurrence_gradients(call: _Call, *tensors: Any) -> tuple[Tensor | None, ...]:
+    """The kernels find c_0 in c; it is an argument because the gradients depend on it."""
+    u, x, bias, weight_c, mask_c, valid, c, _, grad_h, grad_c_n = tensors
+    return call.backward(u, x, bias, weight_c, mask_c, valid, c, grad_h, grad_c_n)
 
 
-class _Gradients(torch.autograd.Function):
-    """The gradients as an operation that refuses to be differentiated: without it they would pass for constants."""
+class _Layer(torch.autograd.Function):
+    """A matrix product and the recurrence. As one node, the product itself adds to the gradient of the highway."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(*args)
+    def forward(
+        ctx: Any, call: _Call, highway_is_v: bool, v: Tensor, weight: Tensor, x: Tensor | None, bias: Tensor,
+        weight_c: Tensor | None, c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        skip = v if highway_is_v else x
+        if call.kernels is cpu_kernels and not call.options.save_c:
+            return cpu_kernels.layer_forward(
+                call.options, v, weight, skip, bias, weight_c, c_0, mask_c, valid, call.scale_x, call.L, call.B, call.D
+            )
+        u = F.linear(v, weight).view(*v.shape[:-1], call.D, call.options.parts, call.H)
+        h, c_n, c = call.forward(u, skip, bias, weight_c, c_0, mask_c, valid)
+        ctx.save_for_backward(u, v, weight, x, bias, weight_c, mask_c, valid, c, c_0)
+        ctx.call, ctx.highway_is_v = call, highway_is_v
+        return h, c_n
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:8]
+        grads = _compute_once(
+            _layer_gradients, ctx.call, ctx.highway_is_v, *needed[:2], *ctx.saved_tensors, grad_h, grad_c_n
+        )
+        return None, None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
+
+
+def _layer_gradients(
+    call: _Call, highway_is_v: bool, v_needs_it: bool, weight_needs_it: bool, u: Tensor, v: Tensor, weight: Tensor,
+    x: Tensor | None, *tensors: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of v, weight, x, bias, weight_c and c_0."""
+    bias, weight_c, mask_c, valid, c, _, grad_h, grad_c_n = tensors
+    grad_u, grad_x, *others = call.backward(
+        u, v if highway_is_v else x, bias, weight_c, mask_c, valid, c, grad_h, grad_c_n
+    )
+    grad_u, v_rows = grad_u.view(-1, weight.shape[0]), v.view(-1, v.shape[-1])
+    grad_v = grad_weight = None
+    if v_needs_it and highway_is_v:
+        assert grad_x is not None
+        grad_v = grad_x.view(v_rows.shape).addmm_(grad_u, weight).view(v.shape)
+    elif v_needs_it:
+        grad_v = torch.mm(grad_u, weight).view(v.shape)
+    if weight_needs_it:
+        grad_weight = torch.mm(grad_u.t(), v_rows)
+    return grad_v, grad_weight, None if highway_is_v else grad_x, *others
+
+
+def _compute_once(gradients: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
+    # Grad mode is on in a backward pass that is itself to be differentiated.
+    return _Once.apply(gradients, *args) if torch.is_grad_enabled() else gradients(*args)  # type: ignore[no-untyped-call]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as an operation that refuses to be differentiated: without it they would pass for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> Any:
+        return gradients(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -145,8 +230,9 @@ def sru_recurrence(
             expected and what came.
 
     Note:
-        float32 and float64. Differentiable once in u, x, bias, c_0 and weight_c. For backward, u, x and the state are
-        kept: on a CPU the state of every step, on a GPU of every eighth step or fewer.
+        float32, float64, float16 and bfloat16. With u of 16 bits states, gates and sums are float32, and so are
+        `c_n` and, unless they are of 16 bits too, the arguments besides u and x. Differentiable once in u, x, bias,
+        c_0 and weight_c. For backward u, x and the state of every eighth step or fewer are kept.
 
     Source:
         Version 1: Lei, Zhang, "Training RNNs as Fast as CNNs", arXiv:1709.02755v1. Version 2: Lei et al., "Simple
@@ -173,22 +259,101 @@ def sru_recurrence(
         )
     D, K, H = u.shape[-3:]
     if u.dtype not in _DTYPES:
-        raise TypeError(f"u must be float32 or float64, got {u.dtype}")
+        raise TypeError(f"u must be float32, float64, float16 or bfloat16, got {u.dtype}")
     if K == 4 and x is not None:
         raise ValueError("x must be None where u has K = 4 sub-matrices: the fourth replaces it")
+    _check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
+    prepared = _prepare(
+        u.shape[:-3], D, K, H, u.dtype, u.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
+        cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(u, x, bias, c_0, weight_c),
+    )  # fmt: skip
+    if prepared.call is None:
+        return reference.sru_recurrence(u, x, **prepared.options)
+    u, x = u.contiguous().resolve_neg(), None if x is None else x.contiguous().resolve_neg()
+    h, c_n = _Recurrence.apply(prepared.call, u, x, *prepared.tensors)  # type: ignore[no-untyped-call]
+    return h, c_n
+
+
+def sru_layer(
+    v: Tensor,
+    weight: Tensor,
+    x: Tensor | None = None,
+    bias: Tensor | None = None,
+    c_0: Tensor | None = None,
+    *,
+    directions: int,
+    parts: int,
+    weight_c: Tensor | None = None,
+    mask_c: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask_pad: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale_x: float = 1.0,
+    nonlinearity: str | None = None,
+    dropout_placement: str = "paper",
+) -> tuple[Tensor, Tensor]:
+    """The matrix products of a layer and :func:`sru_recurrence` of them, as one operation.
+
+    Without gradients, a CPU computes long sequences in pieces, so that the products of all steps are never in memory.
+    Under autocast v, x and weight are cast to its dtype.
+
+    Args:
+        v: What is multiplied by the weight, shape `(L, B, in)`, or `(total_steps, in)` with `cu_seqlens`.
+        weight: Shape `(D*K*H, in)`.
+        x: Highway input with K = 3, which may be v itself, shape `(L, B, D*H)`, or `(total_steps, D*H)`.
+        directions, parts: D and K.
+
+    The other arguments, and what is returned, are as for :func:`sru_recurrence` with `u = v @ weight.T`.
+    """
+    same = x is v
+    if torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(v.device.type)
+        v, weight = v.to(dtype), weight.to(dtype)
+        x = v if same else None if x is None else x.to(dtype)
+    D, K, H = directions, parts, weight.shape[0] // (directions * parts)
+    prepared = _prepare(
+        v.shape[:-1], D, K, H, v.dtype, v.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
+        cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(v, weight, x, bias, c_0, weight_c),
+    )  # fmt: skip
+    if prepared.call is None:
+        u = F.linear(v, weight).view(*v.shape[:-1], D, K, H)
+        return reference.sru_recurrence(u, x, **prepared.options)
+    v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
+    x = None if same or x is None else x.contiguous().resolve_neg()
+    h, c_n = _Layer.apply(prepared.call, same, v, weight, x, *prepared.tensors)  # type: ignore[no-untyped-call]
+    return h, c_n
+
+
+class _Prepared(NamedTuple):
+    call: _Call | None  # None where no kernels exist for the device
+    tensors: tuple[Tensor | None, ...]  # bias, weight_c, c_0, mask_c and valid, as kernels take them
+    options: dict[str, Any]  # the same for the reference
+
+
+def _require_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
+
+
+def _prepare(
+    leading: torch.Size, D: int, K: int, H: int, dtype: torch.dtype, device: torch.device, has_x: bool,
+    bias: Tensor | None, c_0: Tensor | None, weight_c: Tensor | None, mask_c: Tensor | None, lengths: Tensor | None,
+    mask_pad: Tensor | None, cu_seqlens: Tensor | None, scale_x: float, nonlinearity: str | None,
+    dropout_placement: str, save_c: bool,
+) -> _Prepared:  # fmt: skip
+    """Check what does not depend on u and x, of which come the leading sizes, the dtype and the device."""
     if cu_seqlens is None:
-        L, B = u.shape[:2]
-        valid = check_padding(lengths, mask_pad, L, B, u.device)
+        L, B = leading
+        valid = check_padding(lengths, mask_pad, L, B, device)
     else:
         if lengths is not None or mask_pad is not None:
             raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
-        valid, L = check_cu_seqlens(cu_seqlens, u.shape[0], u.device)
+        valid, L = check_cu_seqlens(cu_seqlens, leading[0], device)
         B = len(cu_seqlens) - 1
-    _check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
-    _check("bias", bias, (D, 2, H), u.dtype, u.device)
-    _check("c_0", c_0, (B, D * H), u.dtype, u.device)
-    _check("weight_c", weight_c, (D, 2, H), u.dtype, u.device)
-    _check("mask_c", mask_c, (B, D * H), u.dtype, u.device)
+    state = state_dtype(dtype)
+    _check("bias", bias, (D, 2, H), dtype, device, state)
+    _check("c_0", c_0, (B, D * H), dtype, device, state)
+    _check("weight_c", weight_c, (D, 2, H), dtype, device, state)
+    _check("mask_c", mask_c, (B, D * H), dtype, device, state)
     if mask_c is not None and mask_c.requires_grad:
         raise ValueError("mask_c is a constant of the recurrence and cannot require a gradient; detach it")
     if nonlinearity is None:
@@ -196,42 +361,50 @@ def sru_recurrence(
     _check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
     _check_choice("dropout_placement", dropout_placement, DROPOUT_PLACEMENTS)
 
-    kernels = _kernels(u.device.type)
+    kernels = _kernels(device.type)
     if kernels is None:
-        return reference.sru_recurrence(
-            u, x, bias, c_0, weight_c=weight_c, mask_c=mask_c, lengths=None if lengths is None else valid,
-            mask_pad=mask_pad, cu_seqlens=None if cu_seqlens is None else valid, scale_x=scale_x,
-            nonlinearity=nonlinearity, dropout_placement=dropout_placement,
-        )  # fmt: skip
+        options = {
+            "bias": bias, "c_0": c_0, "weight_c": weight_c, "mask_c": mask_c,
+            "lengths": None if lengths is None else valid, "mask_pad": mask_pad,
+            "cu_seqlens": None if cu_seqlens is None else valid, "scale_x": scale_x, "nonlinearity": nonlinearity,
+            "dropout_placement": dropout_placement,
+        }  # fmt: skip
+        return _Prepared(None, (), options)
     padding = NO_PADDING
     for kind, given in ((LENGTHS, lengths), (MASK, mask_pad), (PACKED, cu_seqlens)):
         padding = padding if given is None else kind
-    options = Options(
+    compiled = Options(
         version=1 if weight_c is None else 2,
         nonlinearity=NONLINEARITIES[nonlinearity],
         placement=PAPER if mask_c is None else DROPOUT_PLACEMENTS[dropout_placement],
-        skip=SKIP_PROJECTED if K == 4 else NO_SKIP if x is None else SKIP_INPUT,
+        skip=SKIP_PROJECTED if K == 4 else SKIP_INPUT if has_x else NO_SKIP,
         padding=padding,
         has_c_0=c_0 is not None,
         has_mask_c=mask_c is not None,
-        save_c=torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, bias, c_0, weight_c)),
+        save_c=save_c,
     )
     if bias is None:
-        bias = u.new_zeros(D, 2, H)
-    h, c_n = _Recurrence.apply(  # type: ignore[no-untyped-call]
-        kernels, options, float(scale_x), L, B,
-        *(None if a is None else a.contiguous().resolve_neg() for a in (u, x, bias, weight_c, c_0, mask_c, valid)),
-    )  # fmt: skip
-    return h, c_n
+        bias = torch.zeros(D, 2, H, dtype=state, device=device)
+    tensors = (None if a is None else a.to(state).contiguous().resolve_neg() for a in (bias, weight_c, c_0, mask_c))
+    valid = None if valid is None else valid.contiguous()
+    return _Prepared(_Call(kernels, compiled, float(scale_x), L, B, D, H), (*tensors, valid), {})
 
 
-def _check(name: str, a: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check(
+    name: str,
+    a: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    other_dtype: torch.dtype | None = None,
+) -> None:
     if a is None:
         return
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(a.shape)}")
-    if a.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}{'' if dtype == torch.bool else ' as u is'}, got {a.dtype}")
+    if a.dtype not in (dtype, other_dtype):
+        also = "" if other_dtype in (None, dtype) else f" or {other_dtype}"
+        raise TypeError(f"{name} must be {dtype}{'' if dtype == torch.bool else ' as u is'}{also}, got {a.dtype}")
     if a.device != device:
         raise ValueError(f"{name} must be on {device} as u is, got {a.device}")
 

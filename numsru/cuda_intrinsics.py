@@ -1,8 +1,11 @@
-"""What the CUDA kernels need beyond `numba.cuda`: the equations of `recurrence.py` compiled for a device.
+"""What the CUDA kernels need beyond `numba.cuda`: the equations of `recurrence.py` compiled for a device, and words.
 
-In float32, sigmoid is four instructions on the GPU's approximate exponential and reciprocal: absolute error below
-3e-7, the right limits at infinity, NaN stays NaN. The simulator runs `recurrence.py` as it stands and needs nothing
-from here.
+Kernels move words: one number, or two neighbours in one load or store. A word is an unsigned integer; `unpack` and
+`pack` turn it into the numbers that are computed with and back.
+
+In float32, sigmoid is five instructions on the GPU's approximate exponential and reciprocal: absolute error below
+3e-7, the right limits at infinity, NaN stays NaN; tanh likewise, its relative error below 2e-6. The simulator runs
+`recurrence.py` and the plain functions here as they stand.
 """
 
 import math
@@ -10,11 +13,75 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import config, cuda, types
+from numba import config, cuda, float32, types, uint16
+from numba.types import float16
 
 from . import recurrence
 
 SIMULATED = bool(getattr(cuda, "is_simulator", False)) or config.ENABLE_CUDASIM
+
+# Numba has no bfloat16 that compiles without a C++ compiler; uint16 stands for it.
+BFLOAT16 = uint16
+WORDS = {16: types.uint16, 32: types.uint32, 64: types.uint64}  # by number of bits
+
+
+def unpack(word, i, number):
+    """The i-th number of a word, as float32 if it has 16 bits."""
+    bits = int(word) >> (i * number.bitwidth) & (1 << number.bitwidth) - 1
+    if number == BFLOAT16:  # the upper half of a float32
+        return np.uint32(bits << 16).view(np.float32)
+    value = getattr(np, f"uint{number.bitwidth}")(bits).view(getattr(np, f"float{number.bitwidth}"))
+    return np.float32(value) if number == float16 else value
+
+
+def pack(low, high, number, word):
+    """A word of two numbers, rounded to the nearest if they have 16 bits; of `low` alone if it has space for one."""
+    packed = 0
+    for i, value in enumerate((low, high)[: word.bitwidth // number.bitwidth]):
+        if number == BFLOAT16:
+            bits = int(np.float32(value).view(np.uint32))
+            bits = bits | 0x400000 if value != value else bits + 0x7FFF + (bits >> 16 & 1)
+            bits >>= 16
+        else:
+            with np.errstate(over="ignore"):
+                value = getattr(np, f"float{number.bitwidth}")(value)
+            bits = int(value.view(getattr(np, f"uint{number.bitwidth}")))
+        packed |= bits << (i * number.bitwidth)
+    return getattr(np, f"uint{word.bitwidth}")(packed)
+
+
+def address(array, at):
+    """Where array[at] lies, for `shift`, `load` and `store`."""
+    return array, at
+
+
+def shift(start, k, stride):
+    """The address k * stride elements further."""
+    array, at = start
+    return array, at + k * stride
+
+
+def load(start, k, left):
+    """The element at an address if k < left, else 0."""
+    array, at = start
+    return array[at] if k < left else array.dtype.type(0)
+
+
+def store(start, k, left, value):
+    """Write to the element at an address if k < left."""
+    array, at = start
+    if k < left:
+        array[at] = value
+
+
+def narrow(n):
+    """n as an int32. LLVM would compare and add in 64 bits if it knew where n comes from, at twice the cost."""
+    return np.int32(n)
+
+
+def anew(x):
+    """x, of which the compiler does not know what it is: it keeps no results that it could compute again."""
+    return x
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,6 +89,11 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     if not SIMULATED:
         _inlined(function, lambda *args: function)
     return function
+
+
+def _inlined(function: Callable[..., Any], choose: Callable[..., Any]) -> None:
+    # Inlined by LLVM: Numba's own inlining (inline="always") gives the same machine code after ten times as long.
+    overload(function, target="cuda", jit_options={"forceinline": True}, strict=False)(choose)
 
 
 def _approximate(instruction: str) -> Any:
@@ -39,27 +111,222 @@ def _approximate(instruction: str) -> Any:
     return function
 
 
-def _inlined(function: Callable[..., Any], choose: Callable[..., Any]) -> None:
-    # Inlined by LLVM: Numba's own inlining (inline="always") gives the same machine code after ten times as long.
-    overload(function, target="cuda", jit_options={"forceinline": True}, strict=False)(choose)
+# The constraint of an operand of inline assembly, by number of bits.
+_OPERAND = {16: "h", 32: "r", 64: "l"}
+
+
+def _has_bfloat16() -> bool:
+    """Whether the device that is compiled for converts to bfloat16 in one instruction."""
+    return bool(ConfigStack().top().compute_capability >= (8, 0))
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, of two equally near the even one. NaN stays NaN."""
+    i16, i32 = ir.IntType(16), ir.IntType(32)
+    bits = builder.bitcast(value, i32)
+    odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+    rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
+    quiet = builder.or_(bits, i32(0x400000))
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, i32(16)), i16)
+
+
+def _encode(builder: Any, value: Any, number: Any) -> Any:
+    """The bits of a number in memory."""
+    if number == BFLOAT16:
+        if not _has_bfloat16():
+            return _round_to_bfloat16(builder, value)
+        convert = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
+        return builder.call(ir.InlineAsm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f", side_effect=False), [value])
+    if number == float16:
+        value = builder.fptrunc(value, ir.HalfType())
+    return builder.bitcast(value, ir.IntType(number.bitwidth))
+
+
+def _encode_two(builder: Any, low: Any, high: Any, number: Any) -> Any:
+    i = ir.IntType(2 * number.bitwidth)
+    if number == BFLOAT16 and _has_bfloat16():
+        convert = ir.FunctionType(i, [ir.FloatType(), ir.FloatType()])
+        asm = ir.InlineAsm(convert, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", side_effect=False)
+        return builder.call(asm, [high, low])
+    if number == float32:  # two registers
+        pair = ir.Constant(ir.VectorType(ir.FloatType(), 2), ir.Undefined)
+        for index, value in enumerate((low, high)):
+            pair = builder.insert_element(pair, value, ir.IntType(32)(index))
+        return builder.bitcast(pair, i)
+    bits = [builder.zext(_encode(builder, value, number), i) for value in (low, high)]
+    return builder.or_(bits[0], builder.shl(bits[1], i(number.bitwidth)))
 
 
 if not SIMULATED:
     from llvmlite import ir
+    from numba.core.targetconfig import ConfigStack
     from numba.cuda.extending import intrinsic, overload
 
+    @intrinsic
+    def _unpack(typingctx: Any, word: Any, i: Any, number: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            size, whole = ir.IntType(element.bitwidth), ir.IntType(word.bitwidth)
+            if element == float32 and word.bitwidth == 64:  # two registers
+                pair = builder.bitcast(args[0], ir.VectorType(ir.FloatType(), 2))
+                return builder.extract_element(pair, builder.trunc(args[1], ir.IntType(32)))
+            bits = args[0]
+            if word.bitwidth > element.bitwidth:
+                shift = builder.mul(builder.trunc(args[1], whole), whole(element.bitwidth))
+                bits = builder.trunc(builder.lshr(bits, shift), size)
+            if element == BFLOAT16:
+                i32 = ir.IntType(32)
+                return builder.bitcast(builder.shl(builder.zext(bits, i32), i32(16)), ir.FloatType())
+            if element == float16:
+                return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+            return builder.bitcast(bits, context.get_data_type(element))
+
+        element = number.dtype
+        real = float32 if element.bitwidth == 16 else element
+        return real(word, types.int64, number), codegen
+
+    @intrinsic
+    def _pack(typingctx: Any, low: Any, high: Any, number: Any, word: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if element.bitwidth == word.dtype.bitwidth:
+                return _encode(builder, args[0], element)
+            return _encode_two(builder, args[0], args[1], element)
+
+        element = number.dtype
+        real = float32 if element.bitwidth == 16 else element
+        return word.dtype(real, real, number, word), codegen
+
+    # Through assembly, or LLVM would compute all addresses ahead and have no registers left for anything else.
+
+    @intrinsic
+    def _address(typingctx: Any, array: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i64 = ir.IntType(64)
+            asm = ir.InlineAsm(ir.FunctionType(i64, [i64]), "cvta.to.global.u64 $0, $1;", "=l,l")
+            pointer = builder.ptrtoint(builder.gep(args[0], [args[1]]), i64)
+            return builder.inttoptr(builder.call(asm, [pointer]), args[0].type)
+
+        return array(array, types.int64), codegen
+
+    @intrinsic
+    def _shift(typingctx: Any, start: Any, k: Any, stride: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i32, i64 = ir.IntType(32), ir.IntType(64)
+            pointer, factor = builder.ptrtoint(args[0], i64), builder.mul(args[1], i64(start.dtype.bitwidth // 8))
+            if stride == types.int32:
+                asm = ir.InlineAsm(ir.FunctionType(i64, [i32, i32, i64]), "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l")
+                moved = builder.call(asm, [args[2], builder.trunc(factor, i32), pointer])
+            else:
+                asm = ir.InlineAsm(ir.FunctionType(i64, [i64, i64]), "add.s64 $0, $1, $2;", "=l,l,l")
+                moved = builder.call(asm, [pointer, builder.mul(factor, args[2])])
+            return builder.inttoptr(moved, args[0].type)
+
+        return start(start, types.int64, stride), codegen
+
+    @intrinsic
+    def _load(typingctx: Any, start: Any, k: Any, left: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            bits, i32, i64 = start.dtype.bitwidth, ir.IntType(32), ir.IntType(64)
+            asm = ir.InlineAsm(
+                ir.FunctionType(ir.IntType(bits), [i64, i32, i32]),
+                f"{{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b{bits} $0, 0; @p ld.global.b{bits} $0, [$1]; }}",
+                f"=&{_OPERAND[bits]},l,r,r",
+                side_effect=True,
+            )
+            return builder.call(asm, [builder.ptrtoint(args[0], i64), builder.trunc(args[1], i32), args[2]])
+
+        return start.dtype(start, types.int64, types.int32), codegen
+
+    @intrinsic
+    def _store(typingctx: Any, start: Any, k: Any, left: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            bits, i32, i64 = start.dtype.bitwidth, ir.IntType(32), ir.IntType(64)
+            asm = ir.InlineAsm(
+                ir.FunctionType(ir.VoidType(), [i64, i32, i32, ir.IntType(bits)]),
+                f"{{ .reg .pred p; setp.lt.s32 p, $1, $2; @p st.global.b{bits} [$0], $3; }}",
+                f"l,r,r,{_OPERAND[bits]},~{{memory}}",
+                side_effect=True,
+            )
+            builder.call(asm, [builder.ptrtoint(args[0], i64), builder.trunc(args[1], i32), args[2], args[3]])
+            return context.get_dummy_value()
+
+        return types.void(start, types.int64, types.int32, start.dtype), codegen
+
+    @intrinsic
+    def _anew(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f32 = ir.FloatType()
+            asm = ir.InlineAsm(ir.FunctionType(f32, [f32]), "mov.b32 $0, $1;", "=f,f", side_effect=True)
+            return builder.call(asm, args)
+
+        return types.float32(types.float32), codegen
+
+    @intrinsic
+    def _select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:
+        """`a if condition else b` without a branch, which LLVM would make of it."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.select(*args)
+
+        return a(types.boolean, a, a), codegen
+
+    @intrinsic
+    def _narrow(typingctx: Any, n: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i32 = ir.IntType(32)
+            asm = ir.InlineAsm(ir.FunctionType(i32, [i32]), "mov.b32 $0, $1;", "=r,r", side_effect=False)
+            return builder.call(asm, [builder.trunc(args[0], i32)])
+
+        return types.int32(types.int64), codegen
+
+    _inlined(address, lambda array, at: lambda array, at: _address(array, at))
+    _inlined(shift, lambda start, k, stride: lambda start, k, stride: _shift(start, k, stride))
+    _inlined(load, lambda start, k, left: lambda start, k, left: _load(start, k, left))
+    _inlined(store, lambda start, k, left, value: lambda start, k, left, value: _store(start, k, left, value))
+    _inlined(anew, lambda x: (lambda x: _anew(x)) if x == float32 else (lambda x: x))
+    _inlined(narrow, lambda n: lambda n: _narrow(n))
+    _inlined(unpack, lambda word, i, number: lambda word, i, number: _unpack(word, i, number))
+    _inlined(pack, lambda low, high, number, word: lambda low, high, number, word: _pack(low, high, number, word))
+
     _exp2, _reciprocal = _approximate("ex2.approx.ftz.f32"), _approximate("rcp.approx.ftz.f32")
-    _MINUS_LOG2_E, _ONE = np.float32(-math.log2(math.e)), np.float32(1)
+    _LOG2_E, _ONE = np.float32(math.log2(math.e)), np.float32(1)
+    _TWO_LOG2_E = np.float32(2 * math.log2(math.e))
+    _HALF, _TANH_SERIES_BELOW, _MINUS_THIRD = np.float32(0.5), np.float32(0.06), np.float32(-1 / 3)
+
+    def _exp_float32(x):
+        return _exp2(x * _LOG2_E)
 
     def _sigmoid_float32(x):
-        return _reciprocal(_ONE + _exp2(x * _MINUS_LOG2_E))
+        return _reciprocal(_ONE + _exp2(x * -_LOG2_E))
+
+    def _gate_float32(u, bias, weight, c, version):
+        # sigmoid(u + bias + weight * c), the exponent's factor multiplied out: what stays in the loop is one
+        # instruction less, and in version 2 only one stands between c and the exponential.
+        z = u * -_LOG2_E + bias * -_LOG2_E
+        if version == 2:
+            z = weight * -_LOG2_E * c + z
+        return _reciprocal(_ONE + _exp2(z))
 
     def _sigmoid_float64(x):
         return 1 / (1 + math.exp(-x))
 
-    _inlined(recurrence.sigmoid, lambda x: _sigmoid_float32 if x == types.float32 else _sigmoid_float64)
-    _inlined(recurrence.tanh, lambda x: lambda x: math.tanh(x))
-    _inlined(recurrence.exp, lambda x: lambda x: math.exp(x))
+    def _tanh_float32(x):
+        # Near zero, where 1 - 2 / (exp(2 x) + 1) loses its digits, the Taylor series.
+        series = x * (_ONE + x * x * _MINUS_THIRD)
+        far = _ONE - _reciprocal(_HALF * _exp2(x * _TWO_LOG2_E) + _HALF)
+        return _select(abs(x) < _TANH_SERIES_BELOW, series, far)
+
+    def _by_precision(in_float32: Callable[..., Any], in_float64: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x: in_float32 if x == float32 else in_float64
+
+    def _gate_float64(u, bias, weight, c, version):
+        return _sigmoid_float64(u + bias + weight * c if version == 2 else u + bias)
+
+    _inlined(recurrence.gate, lambda u, bias, weight, c, version: _gate_float32 if bias == float32 else _gate_float64)
+    _inlined(recurrence.sigmoid, _by_precision(_sigmoid_float32, _sigmoid_float64))
+    _inlined(recurrence.tanh, _by_precision(_tanh_float32, lambda x: math.tanh(x)))
+    _inlined(recurrence.exp, _by_precision(_exp_float32, lambda x: math.exp(x)))
 
 for _function in recurrence.COMPOSED:
-    device_function(_function)
+    if _function is not recurrence.gate or SIMULATED:
+        device_function(_function)

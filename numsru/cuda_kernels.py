@@ -1,10 +1,14 @@
 """The CUDA kernels, forward and backward, and the host functions that allocate their results and launch them.
 
-A column is one (batch row, direction, unit): an independent recurrence. A block owns `columns` neighbouring columns and
-goes through time in tiles of `chunks * steps` steps; thread (tx, ty) owns column tx and chunk ty of each tile, and
-loads its `steps` steps into registers before it computes. In version 1 each state is linear in the one before, so a
-thread reduces its chunk to c -> decay c + offset; these pairs are exchanged through shared memory, and every thread
-folds them, in the same order, to learn the state at the start of its chunk. Version 2 has one chunk.
+A column is one (batch row, direction, unit): an independent recurrence. Kernels see every array as words of one number
+or of two, those of neighbouring columns, and H below counts words. A block owns `columns` neighbouring words and goes
+through time in tiles of `chunks * steps` steps; thread (tx, ty) owns word tx and chunk ty of each tile, and loads its
+`steps` steps into registers before it computes. In version 1 each state is linear in the one before, so a thread
+reduces its chunk to c -> decay c + offset; these pairs are exchanged through shared memory, and every thread folds
+them, in the same order, to learn the state at the start of its chunk. Version 2 has one chunk.
+
+Where columns are too few to fill a GPU, blocks also share out the time, a span of tiles to each: a first launch reduces
+every span to c -> decay c + offset, and a second starts each block from these.
 
 The state is kept at the start of every tile only; backward computes the states inside again. Gradients of parameters
 are summed for each batch row in a fixed order, so results repeat their bits.
@@ -15,11 +19,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from numba import cuda, float32, float64, int64, types, uint8
+from numba import cuda, float32, float64, int32, int64, types, uint8, uint32, uint64
+from numba.types import float16
 from torch import Tensor
 
 from . import cuda_launch
-from .cuda_intrinsics import device_function
+from .cuda_intrinsics import BFLOAT16, WORDS, address, anew, device_function, load, narrow, pack, shift, store, unpack
 from .recurrence import (
     LENGTHS,
     MASK,
@@ -27,20 +32,50 @@ from .recurrence import (
     SKIP_INPUT,
     SKIP_PROJECTED,
     Options,
-    backward_step,
+    forget_slope,
     gate,
     next_state,
     output,
-    state_grad,
+    output_grads,
+    state_grads,
 )
 
 
 class Tile(NamedTuple):
     """The shape of a block's work: `columns * chunks` threads, `steps` steps of time in each thread's registers."""
 
-    columns: int
+    columns: int  # in words
     chunks: int
     steps: int
+    lanes: int = 1  # numbers in a word
+    wide: bool = False  # whether a step of u has 2^31 words or more
+
+
+# What a launch does with the time: all of it in each block, or a span in each block, to reduce it or to compute it.
+WHOLE, REDUCE_SPANS, SPANS = range(3)
+
+
+class Storage(NamedTuple):
+    """Numba types: of the numbers in u, x, h and their gradients; of all others, which is that of the arithmetic."""
+
+    number: Any
+    real: Any
+
+
+STORAGE = {
+    torch.float32: Storage(float32, float32),
+    torch.float64: Storage(float64, float64),
+    torch.float16: Storage(float16, float32),
+    torch.bfloat16: Storage(BFLOAT16, float32),
+}
+
+
+@device_function
+def _divide(a, b, wide):
+    """a // b. A division of 64 bits takes five times as long as one of 32."""
+    if wide:
+        return a // b
+    return int64(uint32(a) // uint32(b))
 
 
 @device_function
@@ -58,20 +93,12 @@ def _row_steps(valid, padding, b, L, B):
 
 
 @device_function
-def _longest_row(valid, padding, first_col, last_col, L, B, D, H):
+def _longest_row(valid, padding, first_row, last_row, L, B):
     """The most steps that a row of the block has: all its threads go through time together."""
     longest = int64(0)
-    for b in range(first_col // (D * H), last_col // (D * H) + 1):
+    for b in range(first_row, last_row + 1):
         longest = max(longest, _row_steps(valid, padding, b, L, B)[2])
     return longest
-
-
-@device_function
-def _position(s, d, begin, stride, steps, positions):
-    """Where the s-th step that direction d takes stands among all steps. Beyond the last: some step that exists."""
-    if d == 1:
-        return min(begin + max(steps - 1 - s, int64(0)) * stride, positions - 1)
-    return min(begin + max(min(s, steps - 1), int64(0)) * stride, positions - 1)
 
 
 @device_function
@@ -91,317 +118,628 @@ def _saved_at(tile_index, begin, padding, tile_length, b, B):
 
 
 @device_function
-def _load_chunk(
-    candidate, forget, reset, skip, u, x, mask_pad, scale_x, first, chunk, row, unit, begin, stride, steps, positions,
-    D, H, skip_kind, padding,
-):  # fmt: skip
-    """Read a thread's steps into its registers; returns one bit for each that is padding or lies beyond the end.
+def _is_padding(k, left, padded, padding):
+    """Whether the k-th step of a thread is padding or does not exist: only `left` of them do."""
+    if padding == MASK:
+        return (padded >> int32(k)) & 1 != 0
+    return k >= left
 
-    Such steps are read too, so that no load waits for another, and then ignored.
-    """
-    d = row % D
-    parts = 4 if skip_kind == SKIP_PROJECTED else 3
-    padded = int64(0)
+
+@device_function
+def _find_padding(mask_pad, position, stride, left, chunk):
+    """One bit for each of a thread's steps that is padding or does not exist."""
+    padded = int32(0)
     for k in range(chunk):
-        position = _position(first + k, d, begin, stride, steps, positions)
-        at = (position * D + d) * parts * H + unit
-        candidate[k] = u[at]
-        forget[k] = u[at + H]
-        reset[k] = u[at + 2 * H]
-        if skip_kind == SKIP_INPUT:
-            skip[k] = scale_x * x[(position * D + d) * H + unit]
-        elif skip_kind == SKIP_PROJECTED:
-            skip[k] = u[at + 3 * H]
-        else:
-            skip[k] = type(scale_x)(0)
-        if first + k >= steps or (padding == MASK and mask_pad[position] != 0):
-            padded |= int64(1) << k
+        if k >= left or mask_pad[position + k * stride] != 0:
+            padded |= int32(1) << int32(k)
     return padded
 
 
 @device_function
-def _linear_gates(candidate, forget, padded, bias_f, chunk):
-    """Version 1: the forget gates of a thread's steps, which see no state. A step of padding becomes c -> 1 c + 0."""
-    zero = type(bias_f)(0)
-    for k in range(chunk):
-        if (padded >> k) & 1:
-            forget[k] = type(bias_f)(1)
-            candidate[k] = zero
-        else:
-            forget[k] = gate(forget[k], bias_f, zero, zero, 1)
+def _skip_value(word, i, scale_x, number, skip_kind):
+    if skip_kind == SKIP_INPUT:
+        return scale_x * unpack(word, i, number)
+    return unpack(word, i, number) if skip_kind == SKIP_PROJECTED else type(scale_x)(0)
 
 
 @device_function
-def _compose(candidate, forget, chunk, one):
-    """A thread's steps as one: the decay and offset of c -> decay c + offset."""
-    decay, offset = one, one - one
+def _linear_steps(candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real):
+    """Version 1: the forget gates, which see no state, and a thread's steps as one: c -> decay c + offset."""
+    one, zero = real(1), real(0)
+    for j in range(lanes):
+        decay[j], offset[j] = one, zero
     for k in range(chunk):
-        decay = decay * forget[k]
-        offset = next_state(forget[k], candidate[k], offset)
-    return decay, offset
+        is_padding = _is_padding(k, left, padded, padding)
+        for j in range(lanes):
+            i = k * lanes + j
+            f = gate(forget[i], unpack(bias_f, j, real), zero, zero, 1)
+            forget[i] = one if is_padding else f  # a step of padding becomes c -> 1 c + 0
+            if padding == MASK and is_padding:
+                candidate[i] = zero
+            decay[j] = decay[j] * forget[i]
+            offset[j] = next_state(forget[i], candidate[i], offset[j])
+
+
+@device_function
+def _find_column(width, L, B, D, H, valid, padding, wide):
+    """The column of a thread, the steps of its row, and the most steps that a row of the block has."""
+    columns = B * D * H
+    first_col = int64(cuda.blockIdx.x) * width
+    col = first_col + int64(cuda.threadIdx.x)
+    inside = col < columns
+    col = min(col, columns - 1)  # a thread beyond the last column reads that column's state and writes nothing
+    if not wide:
+        col = int64(narrow(col))
+    row = _divide(col, H, wide)
+    b = row if D == 1 else row >> 1
+    begin, stride, steps = _row_steps(valid, padding, b, L, B)
+    longest = L
+    if padding in (LENGTHS, PACKED):  # rows have different numbers of steps
+        last_col = min(first_col + width, columns) - 1
+        longest = _longest_row(valid, padding, _divide(first_col, H * D, wide), _divide(last_col, H * D, wide), L, B)
+    return inside, col, row, col - row * H, b, row - b * D, begin, stride, steps, longest
 
 
 @functools.cache
-def forward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., None]:
+def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = WHOLE) -> Callable[..., None]:
     """One launch writes h, c_n and, with `save_c`, the state at the start of every tile."""
     version, nonlinearity, placement, skip_kind, padding, has_c_0, has_mask_c, save_c = options
-    width, chunks, chunk = tile
+    width, chunks, chunk, lanes, wide = tile
     assert version == 1 or chunks == 1
-    uneven = padding in (LENGTHS, PACKED)  # rows have different numbers of steps
-    tile_length, exchanged = chunks * chunk, 2 * chunks * width
+    number, real = storage
+    word, real_word = words(storage, lanes)
+    offset_type = int64 if wide else int32
+    parts, tile_length = options.parts, chunks * chunk
+    threads, numbers, last = chunks * width, chunk * lanes, lanes - 1
+    exchanged = 2 * threads
 
-    def forward(u, x, bias, weight_c, c_0, mask_c, valid, scale_x, L, B, D, H, h, c_n, saved):
-        decays = cuda.shared.array(exchanged, real)
-        offsets = cuda.shared.array(exchanged, real)
-        candidate = cuda.local.array(chunk, real)
-        forget = cuda.local.array(chunk, real)
-        reset = cuda.local.array(chunk, real)
-        skip = cuda.local.array(chunk, real)
+    def forward(
+        u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, span_decay, span_offset,
+        scale_x, L, B, D, H, span_tiles,
+    ):  # fmt: skip
+        decays = cuda.shared.array(exchanged, real_word)
+        offsets = cuda.shared.array(exchanged, real_word)
+        candidate_word = cuda.local.array(chunk, word)
+        forget_word = cuda.local.array(chunk, word)
+        candidate = cuda.local.array(numbers, real)
+        forget = cuda.local.array(numbers, real)
+        reset = cuda.local.array(chunk, word)
+        skip = cuda.local.array(chunk, word)
+        carry = cuda.local.array(lanes, real)  # the state at the start of a tile
+        span = cuda.local.array(lanes, real)  # the decay of all tiles so far
+        c = cuda.local.array(lanes, real)
+        decay = cuda.local.array(lanes, real)
+        offset = cuda.local.array(lanes, real)
+        h_k = cuda.local.array(lanes, real)
         one, zero = real(1), real(0)
 
         tx, ty = int64(cuda.threadIdx.x), int64(cuda.threadIdx.y)
-        columns = B * D * H
-        first_col = int64(cuda.blockIdx.x) * width
-        inside = first_col + tx < columns
-        col = min(first_col + tx, columns - 1)  # a thread beyond the last column reads that column and writes nothing
-        row, unit = col // H, col % H
-        b, d = row // D, row % D
-        begin, stride, steps = _row_steps(valid, padding, b, L, B)
-        positions = L if padding == PACKED else L * B
+        inside, col, _, unit, b, d, begin, stride, steps, longest = _find_column(
+            width, L, B, D, H, valid, padding, wide
+        )
         gate_f = d * 2 * H + unit
         gate_r = gate_f + H
         bias_f, bias_r = bias[gate_f], bias[gate_r]
-        weight_f = weight_c[gate_f] if version == 2 else zero
-        weight_r = weight_c[gate_r] if version == 2 else zero
-        mask = mask_c[col] if has_mask_c else one
-        carry = c_0[col] if has_c_0 else zero
-        buffer = int64(0)
+        weight_f = weight_c[gate_f] if version == 2 else real_word(0)
+        weight_r = weight_c[gate_r] if version == 2 else real_word(0)
+        mask = mask_c[col] if has_mask_c else real_word(0)
+        c_start = c_0[col] if has_c_0 and stage != REDUCE_SPANS else real_word(0)
+        for j in range(lanes):
+            carry[j] = unpack(c_start, j, real)
+            span[j] = one
 
-        longest = L
-        if uneven:
-            longest = _longest_row(valid, padding, first_col, min(first_col + width, columns) - 1, L, B, D, H)
-        for start in range(int64(0), longest, int64(tile_length)):
-            if save_c and inside and ty == 0 and start < steps:
-                saved[_saved_at(start // tile_length, begin, padding, tile_length, b, B) * D * H + d * H + unit] = carry
-            first = start + ty * chunk
-            padded = _load_chunk(
-                candidate, forget, reset, skip, u, x, valid, scale_x, first, chunk, row, unit, begin, stride, steps,
-                positions, D, H, skip_kind, padding,
-            )  # fmt: skip
-            if version == 1:
-                _linear_gates(candidate, forget, padded, bias_f, chunk)
-            c = carry
-            if chunks > 1:
-                decay, offset = _compose(candidate, forget, chunk, one)
-                decays[(buffer + ty) * width + tx] = decay
-                offsets[(buffer + ty) * width + tx] = offset
-                cuda.syncthreads()
-                for i in range(chunks):
-                    if i == ty:
-                        c = carry
-                    at = (buffer + i) * width + tx
-                    carry = decays[at] * carry + offsets[at]
-                buffer = chunks - buffer  # the next tile writes where nobody reads any more: one barrier is enough
+        tiles = (longest + tile_length - 1) // tile_length
+        first_tile, end_tile, y = int64(0), tiles, int64(cuda.blockIdx.y)
+        if stage != WHOLE:
+            first_tile = min(y * span_tiles, tiles)
+            end_tile = min(first_tile + span_tiles, tiles)
+        if stage == SPANS:
+            for i in range(y):
+                at = i * B * D * H + col
+                for j in range(lanes):
+                    carry[j] = unpack(span_decay[at], j, real) * carry[j] + unpack(span_offset[at], j, real)
+
+        first = first_tile * tile_length + ty * chunk
+        left = narrow((steps if inside else int64(0)) - first)  # steps from this thread's first on
+        if d == 1:
+            first, stride = steps - 1 - first, -stride
+            position = begin - first * stride
+        else:
+            position = begin + first * stride
+        at_state = address(saved, _saved_at(first_tile, begin, padding, tile_length, b, B) * D * H + d * H + unit)
+        step_x, step_u = offset_type(stride * D * H), offset_type(stride * D * H * parts)
+        step_saved = offset_type(D * H if padding == PACKED else B * D * H)
+        at_x = (position * D + d) * H + unit
+        at_u = (position * D + d) * parts * H + unit
+        between = offset_type(H)  # parts of u
+        from_u = address(u, at_u)
+        from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
+        to_h = address(h, at_x)
+        slot = uint64(tx)
+
+        tiles_left = narrow(end_tile - first_tile)
+        while tiles_left > 0:
+            tiles_left = int32(tiles_left - 1)
+            if save_c and stage != REDUCE_SPANS and ty == 0:
+                store(at_state, 0, left, pack(carry[0], carry[last], real, real_word))
+            padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
             for k in range(chunk):
-                is_padding = (padded >> k) & 1
-                f = gate(forget[k], bias_f, weight_f, c, version) if version == 2 else forget[k]
-                r = gate(reset[k], bias_r, weight_r, c, version)
-                if not is_padding:
-                    c = next_state(f, candidate[k], c)
-                if inside and first + k < steps:
-                    position = _position(first + k, d, begin, stride, steps, positions)
-                    h_k = output(c, r, skip[k], mask, nonlinearity, placement)
-                    h[(position * D + d) * H + unit] = zero if is_padding else h_k
+                candidate_word[k] = load(from_u, k, left)
+                forget_word[k] = load(shift(from_u, 1, between), k, left)
+                if stage != REDUCE_SPANS:
+                    reset[k] = load(shift(from_u, 2, between), k, left)
+                    if skip_kind == SKIP_PROJECTED:
+                        skip[k] = load(shift(from_u, 3, between), k, left)
+                    elif skip_kind == SKIP_INPUT:
+                        skip[k] = load(from_x, k, left)
+                        from_x = shift(from_x, 1, step_x)
+                from_u = shift(from_u, 1, step_u)
+            for k in range(chunk):
+                for j in range(lanes):
+                    candidate[k * lanes + j] = unpack(candidate_word[k], j, number)
+                    forget[k * lanes + j] = unpack(forget_word[k], j, number)
+            if version == 1:
+                _linear_steps(
+                    candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
+                )  # fmt: skip
+            for j in range(lanes):
+                c[j] = carry[j]
+            if chunks > 1:
+                decays[slot + uint64(ty * width)] = pack(decay[0], decay[last], real, real_word)
+                offsets[slot + uint64(ty * width)] = pack(offset[0], offset[last], real, real_word)
+                cuda.syncthreads()
+                for j in range(lanes):
+                    for i in range(chunks):
+                        if i == ty:
+                            c[j] = carry[j]
+                        decay_i = unpack(decays[slot + uint64(i * width)], j, real)
+                        carry[j] = decay_i * carry[j] + unpack(offsets[slot + uint64(i * width)], j, real)
+                        if stage == REDUCE_SPANS:
+                            span[j] = decay_i * span[j]
+                # The next tile writes where nobody reads any more: one barrier is enough.
+                slot = uint64(threads + 2 * tx) - slot
+
+            if stage != REDUCE_SPANS:
+                for k in range(chunk):
+                    is_padding = _is_padding(k, left, padded, padding)
+                    for j in range(lanes):
+                        f, c_prev = forget[k * lanes + j], c[j]
+                        if version == 2:
+                            f = gate(f, unpack(bias_f, j, real), unpack(weight_f, j, real), c_prev, version)
+                        r = gate(
+                            unpack(reset[k], j, number),
+                            unpack(bias_r, j, real),
+                            unpack(weight_r, j, real),
+                            c_prev,
+                            version,
+                        )
+                        c_next = next_state(f, candidate[k * lanes + j], c_prev)
+                        c[j] = c_prev if version == 2 and is_padding else c_next
+                        skipped = _skip_value(skip[k], j, scale_x, number, skip_kind)
+                        m = unpack(mask, j, real) if has_mask_c else one
+                        h_kj = output(c[j], r, skipped, m, nonlinearity, placement)
+                        h_k[j] = zero if padding == MASK and is_padding else h_kj
+                    store(to_h, k, left, pack(h_k[0], h_k[last], number, word))
+                    to_h = shift(to_h, 1, step_x)
             if chunks == 1:
-                carry = c
-        if inside and ty == 0:
-            c_n[col] = carry
-        if inside and uneven:
-            for i in range(ty, _count_rest(padding, begin, steps, L, b, B), int64(chunks)):
-                h[((begin + (steps + i) * stride) * D + d) * H + unit] = zero
+                for j in range(lanes):
+                    carry[j] = c[j]
+            left = int32(left - tile_length)
+            position += tile_length * stride
+            from_u = shift(from_u, tile_length - chunk, step_u)
+            if stage != REDUCE_SPANS:
+                from_x = shift(from_x, tile_length - chunk, step_x)
+            to_h = shift(to_h, tile_length - chunk, step_x)
+            at_state = shift(at_state, 1, step_saved)
+
+        if stage == REDUCE_SPANS:
+            if inside and ty == 0:
+                span_decay[y * B * D * H + col] = pack(span[0], span[last], real, real_word)
+                span_offset[y * B * D * H + col] = pack(carry[0], carry[last], real, real_word)
+        else:
+            if inside and ty == 0 and (stage == WHOLE or y == int64(cuda.gridDim.y) - 1):
+                c_n[col] = pack(carry[0], carry[last], real, real_word)
+            if inside and padding in (LENGTHS, PACKED):
+                spans = int64(cuda.gridDim.y)
+                rest = _count_rest(padding, begin, steps, L, b, B)
+                for i in range(y * chunks + ty, rest, spans * chunks):
+                    h[((begin + (steps + i) * abs(stride)) * D + d) * H + unit] = word(0)
 
     return forward
 
 
 @functools.cache
-def backward_kernel(options: Options, real: Any, tile: Tile) -> Callable[..., None]:
+def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = WHOLE) -> Callable[..., None]:
     """One launch writes grad_u, grad_x, grad_c_0 and each row's sums over time for the gradients of the parameters."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
-    width, chunks, chunk = tile
+    width, chunks, chunk, lanes, wide = tile
     assert version == 1 or chunks == 1
-    uneven = padding in (LENGTHS, PACKED)  # rows have different numbers of steps
-    tile_length, threads, exchanged = chunks * chunk, chunks * width, 2 * chunks * width
-    parts = options.parts
+    number, real = storage
+    word, real_word = words(storage, lanes)
+    offset_type = int64 if wide else int32
+    parts, tile_length, threads = options.parts, chunks * chunk, chunks * width
+    exchanged, numbers, last = 2 * threads, chunk * lanes, lanes - 1
 
     def backward(
-        u, x, bias, weight_c, mask_c, valid, scale_x, L, B, D, H, saved, grad_h, grad_c_n,
-        grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
+        u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n, grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
+        span_decay, span_offset, scale_x, L, B, D, H, span_tiles,
     ):  # fmt: skip
-        decays = cuda.shared.array(exchanged, real)
-        offsets = cuda.shared.array(exchanged, real)
-        grad_offsets = cuda.shared.array(threads, real)
-        candidate = cuda.local.array(chunk, real)
-        forget = cuda.local.array(chunk, real)
-        reset = cuda.local.array(chunk, real)
-        skip = cuda.local.array(chunk, real)
-        grad_out = cuda.local.array(chunk, real)
-        states = cuda.local.array(chunk, real)
+        decays = cuda.shared.array(exchanged, real_word)
+        offsets = cuda.shared.array(exchanged, real_word)
+        grad_offsets = cuda.shared.array(threads, real_word)
+        candidate_word = cuda.local.array(chunk, word)
+        forget_word = cuda.local.array(chunk, word)
+        candidate = cuda.local.array(numbers, real)
+        forget = cuda.local.array(numbers, real)
+        reset = cuda.local.array(chunk, word)
+        skip = cuda.local.array(chunk, word)
+        grad_out = cuda.local.array(chunk, word)
+        states = cuda.local.array(numbers, real)  # before each step
+        slope = cuda.local.array(numbers, real)
+        through_h = cuda.local.array(numbers, real)  # dL/dc through the same step's h
+        grad_reset = cuda.local.array(numbers, real)
+        carry = cuda.local.array(lanes, real)
+        grad_carry = cuda.local.array(lanes, real)  # dL/dc at the end of a tile
+        span = cuda.local.array(lanes, real)  # the decay of all tiles so far
+        c = cuda.local.array(lanes, real)
+        decay = cuda.local.array(lanes, real)
+        offset = cuda.local.array(lanes, real)
+        sum_f = cuda.local.array(lanes, real)
+        sum_r = cuda.local.array(lanes, real)
+        sum_weight_f = cuda.local.array(lanes, real)
+        sum_weight_r = cuda.local.array(lanes, real)
+        out_0 = cuda.local.array(lanes, real)
+        out_1 = cuda.local.array(lanes, real)
         one, zero = real(1), real(0)
 
         tx, ty = int64(cuda.threadIdx.x), int64(cuda.threadIdx.y)
-        columns = B * D * H
-        first_col = int64(cuda.blockIdx.x) * width
-        inside = first_col + tx < columns
-        col = min(first_col + tx, columns - 1)
-        row, unit = col // H, col % H
-        b, d = row // D, row % D
-        begin, stride, steps = _row_steps(valid, padding, b, L, B)
-        positions = L if padding == PACKED else L * B
+        inside, col, row, unit, b, d, begin, stride, steps, longest = _find_column(
+            width, L, B, D, H, valid, padding, wide
+        )
         gate_f = d * 2 * H + unit
         gate_r = gate_f + H
         bias_f, bias_r = bias[gate_f], bias[gate_r]
-        weight_f = weight_c[gate_f] if version == 2 else zero
-        weight_r = weight_c[gate_r] if version == 2 else zero
-        mask = mask_c[col] if has_mask_c else one
-        grad_carry = grad_c_n[col]
-        sum_f, sum_r, sum_weight_f, sum_weight_r = zero, zero, zero, zero
-        buffer = int64(0)
+        weight_f = weight_c[gate_f] if version == 2 else real_word(0)
+        weight_r = weight_c[gate_r] if version == 2 else real_word(0)
+        mask = mask_c[col] if has_mask_c else real_word(0)
+        grad_end = grad_c_n[col] if stage != REDUCE_SPANS else real_word(0)
+        for j in range(lanes):
+            grad_carry[j] = unpack(grad_end, j, real)
+            span[j] = one
+            sum_f[j] = zero
+            sum_r[j] = zero
+            sum_weight_f[j] = zero
+            sum_weight_r[j] = zero
 
-        longest = L
-        if uneven:
-            longest = _longest_row(valid, padding, first_col, min(first_col + width, columns) - 1, L, B, D, H)
-        for tile_index in range((longest - 1) // tile_length, int64(-1), int64(-1)):
-            first = tile_index * tile_length + ty * chunk
-            padded = _load_chunk(
-                candidate, forget, reset, skip, u, x, valid, scale_x, first, chunk, row, unit, begin, stride, steps,
-                positions, D, H, skip_kind, padding,
-            )  # fmt: skip
+        tiles = (longest + tile_length - 1) // tile_length
+        first_tile, end_tile, y, spans = int64(0), tiles, int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
+        if stage != WHOLE:
+            first_tile = min(y * span_tiles, tiles)
+            end_tile = min(first_tile + span_tiles, tiles)
+        if stage == SPANS:
+            for i in range(spans - 1, y, -1):
+                at = i * B * D * H + col
+                for j in range(lanes):
+                    grad_carry[j] = unpack(span_decay[at], j, real) * grad_carry[j] + unpack(span_offset[at], j, real)
+
+        first = (end_tile - 1) * tile_length + ty * chunk
+        left = narrow((steps if inside else int64(0)) - first)  # steps from this thread's first on
+        if d == 1:
+            first, stride = steps - 1 - first, -stride
+            position = begin - first * stride
+        else:
+            position = begin + first * stride
+        at_state = address(saved, _saved_at(end_tile - 1, begin, padding, tile_length, b, B) * D * H + d * H + unit)
+        step_x, step_u = offset_type(stride * D * H), offset_type(stride * D * H * parts)
+        step_saved = offset_type(D * H if padding == PACKED else B * D * H)
+        at_x = (position * D + d) * H + unit
+        at_u = (position * D + d) * parts * H + unit
+        between = offset_type(H)  # parts of u
+        from_u = address(u, at_u)
+        from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
+        from_grad_h = address(grad_h, at_x)
+        to_u = address(grad_u, at_u)
+        to_x = address(grad_x, at_x) if skip_kind == SKIP_INPUT else to_u
+        slot = uint64(tx)
+
+        tiles_left = narrow(end_tile - first_tile)
+        while tiles_left > 0:
+            tiles_left = int32(tiles_left - 1)
+            padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
             for k in range(chunk):
-                position = _position(first + k, d, begin, stride, steps, positions)
-                grad_out[k] = grad_h[(position * D + d) * H + unit]
+                candidate_word[k] = load(from_u, k, left)
+                forget_word[k] = load(shift(from_u, 1, between), k, left)
+                reset[k] = load(shift(from_u, 2, between), k, left)
+                if stage != REDUCE_SPANS:
+                    if skip_kind == SKIP_PROJECTED:
+                        skip[k] = load(shift(from_u, 3, between), k, left)
+                    elif skip_kind == SKIP_INPUT:
+                        skip[k] = load(from_x, k, left)
+                        from_x = shift(from_x, 1, step_x)
+                from_u = shift(from_u, 1, step_u)
+                grad_out[k] = load(from_grad_h, k, left)
+                from_grad_h = shift(from_grad_h, 1, step_x)
+            for k in range(chunk):
+                for j in range(lanes):
+                    candidate[k * lanes + j] = unpack(candidate_word[k], j, number)
+                    forget[k * lanes + j] = unpack(forget_word[k], j, number)
             if version == 1:
-                _linear_gates(candidate, forget, padded, bias_f, chunk)
-
-            # The states inside the tile, as in forward.
-            carry = zero
-            if tile_index * tile_length < steps:
-                carry = saved[_saved_at(tile_index, begin, padding, tile_length, b, B) * D * H + d * H + unit]
-            c_start = carry
-            if chunks > 1:
-                decay, offset = _compose(candidate, forget, chunk, one)
-                decays[(buffer + ty) * width + tx] = decay
-                offsets[(buffer + ty) * width + tx] = offset
-                cuda.syncthreads()
-                for i in range(chunks):
-                    if i == ty:
-                        c_start = carry
-                    at = (buffer + i) * width + tx
-                    carry = decays[at] * carry + offsets[at]
-            c = c_start
-            for k in range(chunk):
-                if version == 2:
-                    forget[k] = gate(forget[k], bias_f, weight_f, c, version)
-                reset[k] = gate(reset[k], bias_r, weight_r, c, version)
-                if not (padded >> k) & 1:
-                    c = next_state(forget[k], candidate[k], c)
-                states[k] = c
-
-            # dL/dc in front of each step is linear in dL/dc behind it: the same scan, from the end to the start.
-            grad_c = grad_carry
-            if chunks > 1:
-                offset = zero
-                for k in range(chunk - 1, -1, -1):
-                    through_h = state_grad(grad_out[k], states[k], reset[k], mask, nonlinearity)
-                    offset = forget[k] * (offset + (zero if (padded >> k) & 1 else through_h))
-                grad_offsets[ty * width + tx] = offset
-                cuda.syncthreads()
-                for i in range(chunks - 1, -1, -1):
-                    if i == ty:
-                        grad_c = grad_carry
-                    grad_carry = decays[(buffer + i) * width + tx] * grad_carry + grad_offsets[i * width + tx]
-                buffer = chunks - buffer
-            for k in range(chunk - 1, -1, -1):
-                c_prev = states[k - 1] if k > 0 else c_start
-                g_candidate, g_forget, g_reset, g_skip, g_c = backward_step(
-                    grad_out[k], grad_c, states[k], c_prev, forget[k], reset[k], candidate[k], skip[k], mask,
-                    weight_f, weight_r, version, nonlinearity, placement,
+                _linear_steps(
+                    candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
                 )  # fmt: skip
-                if (padded >> k) & 1:
-                    g_candidate, g_forget, g_reset, g_skip, g_c = zero, zero, zero, zero, grad_c
-                grad_c = g_c
-                sum_f += g_forget
-                sum_r += g_reset
-                if version == 2:
-                    sum_weight_f += g_forget * c_prev
-                    sum_weight_r += g_reset * c_prev
-                if inside and first + k < steps:
-                    position = _position(first + k, d, begin, stride, steps, positions)
-                    at = (position * D + d) * parts * H + unit
-                    grad_u[at] = g_candidate
-                    grad_u[at + H] = g_forget
-                    grad_u[at + 2 * H] = g_reset
-                    if skip_kind == SKIP_INPUT:
-                        grad_x[(position * D + d) * H + unit] = scale_x * g_skip
-                    elif skip_kind == SKIP_PROJECTED:
-                        grad_u[at + 3 * H] = g_skip
-            if chunks == 1:
-                grad_carry = grad_c
+            # The states inside the tile, as in forward.
+            c_start = load(at_state, -ty * chunk, left)
+            for j in range(lanes):
+                carry[j] = unpack(c_start, j, real)
+                c[j] = carry[j]
+            if chunks > 1:
+                decays[slot + uint64(ty * width)] = pack(decay[0], decay[last], real, real_word)
+                offsets[slot + uint64(ty * width)] = pack(offset[0], offset[last], real, real_word)
+                cuda.syncthreads()
+                for j in range(lanes):
+                    for i in range(chunks):
+                        if i == ty:
+                            c[j] = carry[j]
+                        decay_i = unpack(decays[slot + uint64(i * width)], j, real)
+                        carry[j] = decay_i * carry[j] + unpack(offsets[slot + uint64(i * width)], j, real)
 
-        if inside and uneven:
-            for i in range(ty, _count_rest(padding, begin, steps, L, b, B), int64(chunks)):
-                position = begin + (steps + i) * stride
-                for k in range(parts):
-                    grad_u[((position * D + d) * parts + k) * H + unit] = zero
-                if skip_kind == SKIP_INPUT:
-                    grad_x[(position * D + d) * H + unit] = zero
-        if chunks > 1:
-            cuda.syncthreads()
-            decays[ty * width + tx] = sum_f
-            offsets[ty * width + tx] = sum_r
-            cuda.syncthreads()
-            sum_f, sum_r = zero, zero
-            for i in range(chunks):
-                sum_f += decays[i * width + tx]
-                sum_r += offsets[i * width + tx]
-        if inside and ty == 0:
-            grad_c_0[col] = grad_carry
-            sum_bias[row * 2 * H + unit] = sum_f
-            sum_bias[row * 2 * H + H + unit] = sum_r
-            if version == 2:
-                sum_weight_c[row * 2 * H + unit] = sum_weight_f
-                sum_weight_c[row * 2 * H + H + unit] = sum_weight_r
+            # All gradients that need no dL/dc from later steps. And dL/dc in front of each step is linear in dL/dc
+            # behind it: a thread's steps as one, from the end to the start.
+            for j in range(lanes):
+                decay[j], offset[j] = anew(one), zero
+            for k in range(chunk):
+                is_padding = _is_padding(k, left, padded, padding)
+                for j in range(lanes):
+                    i = k * lanes + j
+                    states[i] = c[j]
+                    if version == 2:
+                        forget[i] = gate(forget[i], unpack(bias_f, j, real), unpack(weight_f, j, real), c[j], version)
+                    r = gate(
+                        unpack(reset[k], j, number), unpack(bias_r, j, real), unpack(weight_r, j, real), c[j], version
+                    )
+                    c_next = next_state(forget[i], candidate[i], c[j])
+                    c[j] = c[j] if version == 2 and is_padding else c_next
+                    skipped = _skip_value(skip[k], j, scale_x, number, skip_kind)
+                    m = unpack(mask, j, real) if has_mask_c else one
+                    g_reset, g_skip, through_h[i] = output_grads(
+                        unpack(grad_out[k], j, number), c[j], r, skipped, m, nonlinearity, placement
+                    )
+                    if is_padding:
+                        g_reset, g_skip, through_h[i] = zero, zero, zero
+                    decay[j] = decay[j] * forget[i]
+                    offset[j] += decay[j] * through_h[i]
+                    slope[i] = zero if is_padding else forget_slope(states[i], forget[i], candidate[i])
+                    grad_reset[i] = g_reset
+                    sum_r[j] += g_reset
+                    if version == 2:
+                        sum_weight_r[j] += g_reset * states[i]
+                    out_0[j] = g_reset
+                    out_1[j] = scale_x * g_skip if skip_kind == SKIP_INPUT else g_skip
+                if stage != REDUCE_SPANS:
+                    store(shift(to_u, 2, between), k, left, pack(out_0[0], out_0[last], number, word))
+                    if skip_kind == SKIP_PROJECTED:
+                        store(shift(to_u, 3, between), k, left, pack(out_1[0], out_1[last], number, word))
+                    elif skip_kind == SKIP_INPUT:
+                        store(to_x, k, left, pack(out_1[0], out_1[last], number, word))
+                        to_x = shift(to_x, 1, step_x)
+                    to_u = shift(to_u, 1, step_u)
+
+            for j in range(lanes):
+                c[j] = grad_carry[j]
+            if chunks > 1:
+                grad_offsets[uint64(tx) + uint64(ty * width)] = pack(offset[0], offset[last], real, real_word)
+                cuda.syncthreads()
+                for j in range(lanes):
+                    for i in range(chunks - 1, -1, -1):
+                        if i == ty:
+                            c[j] = grad_carry[j]
+                        decay_i = unpack(decays[slot + uint64(i * width)], j, real)
+                        grad_carry[j] = decay_i * grad_carry[j] + unpack(grad_offsets[uint64(tx + i * width)], j, real)
+                        if stage == REDUCE_SPANS:
+                            span[j] = decay_i * span[j]
+                slot = uint64(threads + 2 * tx) - slot
+            for k in range(chunk - 1, -1, -1):
+                is_padding = _is_padding(k, left, padded, padding)
+                for j in range(lanes):
+                    i = k * lanes + j
+                    g_candidate, g_forget, g_c = state_grads(
+                        c[j] + through_h[i],
+                        grad_reset[i],
+                        slope[i],
+                        forget[i],
+                        unpack(weight_f, j, real),
+                        unpack(weight_r, j, real),
+                        version,
+                    )
+                    if padding == MASK and is_padding:
+                        g_candidate = zero
+                    if version == 2 and is_padding:
+                        g_c = c[j]
+                    c[j] = g_c
+                    sum_f[j] += g_forget
+                    if version == 2:
+                        sum_weight_f[j] += g_forget * states[i]
+                    out_0[j] = g_candidate
+                    out_1[j] = g_forget
+                if stage != REDUCE_SPANS:
+                    to_u = shift(to_u, -1, step_u)
+                    store(to_u, k, left, pack(out_0[0], out_0[last], number, word))
+                    store(shift(to_u, 1, between), k, left, pack(out_1[0], out_1[last], number, word))
+            if chunks == 1:
+                for j in range(lanes):
+                    grad_carry[j] = c[j]
+            left = int32(left + tile_length)
+            position -= tile_length * stride
+            from_u = shift(from_u, -tile_length - chunk, step_u)
+            if stage != REDUCE_SPANS:
+                from_x = shift(from_x, -tile_length - chunk, step_x)
+            from_grad_h = shift(from_grad_h, -tile_length - chunk, step_x)
+            to_u = shift(to_u, -tile_length, step_u)
+            to_x = shift(to_x, -tile_length - chunk, step_x)
+            at_state = shift(at_state, -1, step_saved)
+
+        if stage == REDUCE_SPANS:
+            if inside and ty == 0:
+                span_decay[y * B * D * H + col] = pack(span[0], span[last], real, real_word)
+                span_offset[y * B * D * H + col] = pack(grad_carry[0], grad_carry[last], real, real_word)
+        else:
+            if inside and padding in (LENGTHS, PACKED):
+                rest = _count_rest(padding, begin, steps, L, b, B)
+                for i in range(y * chunks + ty, rest, spans * chunks):
+                    position = begin + (steps + i) * abs(stride)
+                    for k in range(parts):
+                        grad_u[((position * D + d) * parts + k) * H + unit] = word(0)
+                    if skip_kind == SKIP_INPUT:
+                        grad_x[(position * D + d) * H + unit] = word(0)
+            if chunks > 1:
+                cuda.syncthreads()
+                decays[uint64(tx) + uint64(ty * width)] = pack(sum_f[0], sum_f[last], real, real_word)
+                offsets[uint64(tx) + uint64(ty * width)] = pack(sum_r[0], sum_r[last], real, real_word)
+                cuda.syncthreads()
+                for j in range(lanes):
+                    sum_f[j], sum_r[j] = zero, zero
+                    for i in range(chunks):
+                        sum_f[j] += unpack(decays[uint64(tx) + uint64(i * width)], j, real)
+                        sum_r[j] += unpack(offsets[uint64(tx) + uint64(i * width)], j, real)
+            if inside and ty == 0:
+                if y == 0:
+                    grad_c_0[col] = pack(grad_carry[0], grad_carry[last], real, real_word)
+                at = (y * B * D + row) * 2 * H + unit
+                sum_bias[at] = pack(sum_f[0], sum_f[last], real, real_word)
+                sum_bias[at + H] = pack(sum_r[0], sum_r[last], real, real_word)
+                if version == 2:
+                    sum_weight_c[at] = pack(sum_weight_f[0], sum_weight_f[last], real, real_word)
+                    sum_weight_c[at + H] = pack(sum_weight_r[0], sum_weight_r[last], real, real_word)
 
     return backward
 
 
-def signatures(options: Options, real: Any) -> tuple[Any, Any]:
+def words(storage: Storage, lanes: int) -> tuple[Any, Any]:
+    """The types of the words that hold numbers of u and of states."""
+    return WORDS[storage.number.bitwidth * lanes], WORDS[storage.real.bitwidth * lanes]
+
+
+def signatures(options: Options, storage: Storage, tile: Tile) -> tuple[Any, Any]:
     """The types of the kernels' arguments, forward and backward. An absent array is a null pointer."""
-    array, valid = types.CPointer(real), types.CPointer(uint8 if options.padding == MASK else int64)
-    sizes = [int64] * 4
+    array, states = (types.CPointer(word) for word in words(storage, tile.lanes))
+    valid = types.CPointer(uint8 if options.padding == MASK else int64)
+    numbers = storage.real, *[int64] * 5
     return (
-        types.void(*[array] * 6, valid, real, *sizes, *[array] * 3),
-        types.void(*[array] * 5, valid, real, *sizes, *[array] * 8),
+        types.void(array, array, *[states] * 4, valid, array, *[states] * 4, *numbers),
+        types.void(array, array, *[states] * 3, valid, states, array, states, array, array, *[states] * 5, *numbers),
     )
 
 
-def choose_tile(options: Options, L: int, columns: int) -> Tile:
+STEPS_PER_STATE = 8  # the state of one step in so many is kept, or fewer: the fewest steps of a tile
+_WANTED_THREADS = 132 * 384  # a fifth of what an H100 or H200 can hold: enough loads on their way
+_WANTED_BLOCKS = 132  # a block for each of their multiprocessors
+_MOST_SPANS = 64
+_THREADS = 256
+# Of a multiprocessor. With one block more, some kernels would have to move registers to memory.
+_RESIDENT_THREADS = {"forward_kernel": 512, "backward_kernel": 256}
+
+
+def choose_tile(options: Options, storage: Storage, L: int, columns: int, lanes: int) -> Tile:
     """More chunks where there are few columns, so that there is work for the whole GPU, but none without a step.
 
-    256 threads at most: with so few, a thread may use all the registers there are.
+    How many steps a tile has does not depend on `lanes`: forward and backward may differ in it.
     """
-    steps, chunks = 8, 1
-    while options.version == 1 and chunks < 8 and columns * chunks < _WANTED_THREADS and chunks * steps < L:
-        chunks *= 2
-    return Tile(128 if chunks == 1 else 32, chunks, steps)
+    length = STEPS_PER_STATE
+    if options.version == 1:
+        while length < 64 and columns * length < _WANTED_THREADS * STEPS_PER_STATE and length < L:
+            length *= 2
+    steps = STEPS_PER_STATE // lanes
+    chunks = length // steps
+    width = min(128, _THREADS // chunks)
+    # Narrow blocks if there would be too few, but no narrower than a sector of memory, in version 2 than a warp.
+    narrowest = 32 if chunks == 1 else 32 * 8 // (storage.number.bitwidth * lanes)
+    while width > narrowest and -(-columns // (width * lanes)) < _WANTED_BLOCKS:
+        width //= 2
+    return Tile(width, chunks, steps, lanes)
 
 
-_WANTED_THREADS = 132 * 512  # a quarter of what an H100 or H200 can hold
-_REAL = {torch.float32: float32, torch.float64: float64}
+def _choose_spans(options: Options, tile: Tile, L: int, columns: int) -> tuple[int, int]:
+    """How many spans the time is cut into, and the tiles of each."""
+    tiles = max(1, -(-L // (tile.chunks * tile.steps)))
+    if tile.chunks == 1 or options.padding == PACKED or columns > _FEW_COLUMNS or L < _MANY_STEPS:
+        return 1, tiles
+    blocks = -(-columns // (tile.columns * tile.lanes))
+    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, 2 * _WANTED_BLOCKS // blocks)))
+    return -(-tiles // span_tiles), span_tiles
+
+
+_FEW_COLUMNS, _MANY_STEPS = 1024, 4096
 
 
 def _count_saved(padding: int, tile_length: int, L: int, B: int) -> int:
     """An upper bound of the tiles of all rows; see _saved_at."""
     return L // tile_length + B if padding == PACKED else -(-L // tile_length) * B
+
+
+class _Plan(NamedTuple):
+    """How a pass is launched."""
+
+    kernels: tuple[cuda_launch.Kernel, ...]  # one, or two if the time is cut into spans
+    blocks: tuple[int, int]
+    block: tuple[int, int]
+    tile: Tile
+    spans: int
+    span_tiles: int
+
+
+@functools.lru_cache(4096)
+def _plan(
+    make_kernel: Callable[..., Any],
+    options: Options,
+    dtype: torch.dtype,
+    steps: int,
+    B: int,
+    D: int,
+    H: int,
+    pairs: bool,
+) -> _Plan:
+    if steps >= 2**31:
+        raise ValueError(f"the CUDA kernels take at most 2^31 - 1 steps, got {steps}")
+    storage, columns, lanes = STORAGE[dtype], B * D * H, 2 if pairs and options.version == 1 else 1
+    tile = choose_tile(options, storage, steps, columns, lanes)
+    tile = tile._replace(wide=tile.wide or columns // lanes * options.parts >= 2**31)
+    spans, span_tiles = _choose_spans(options, tile, steps, columns)
+    kernels = tuple(
+        _kernel(make_kernel, options, storage, tile, stage)
+        for stage in ((WHOLE,) if spans == 1 else (REDUCE_SPANS, SPANS))
+    )
+    blocks = -(-columns // (tile.columns * tile.lanes))
+    return _Plan(kernels, (blocks, spans), (tile.columns, tile.chunks), tile, spans, span_tiles)
+
+
+@functools.cache
+def _kernel(
+    make_kernel: Callable[..., Any], options: Options, storage: Storage, tile: Tile, stage: int
+) -> cuda_launch.Kernel:
+    signature = signatures(options, storage, tile)[make_kernel is backward_kernel]
+    return cuda_launch.Kernel(
+        make_kernel(options, storage, tile, stage), signature, launch_bounds(make_kernel, storage, tile)
+    )
+
+
+def launch_bounds(make_kernel: Callable[..., Any], storage: Storage, tile: Tile) -> tuple[int, int]:
+    """Threads of a block and how many blocks a multiprocessor must be able to hold."""
+    threads = tile.columns * tile.chunks
+    resident = _RESIDENT_THREADS[make_kernel.__name__] if storage.real == float32 else _THREADS
+    return threads, max(1, resident // threads)
+
+
+def _in_pairs(H: int, *arrays: Tensor | None) -> bool:
+    """Whether two neighbouring numbers can be loaded at once everywhere."""
+    if H % 2:
+        return False
+    addresses = 0
+    for a in arrays:
+        if a is not None:
+            if a.dtype == torch.float64:
+                return False
+            addresses |= a.data_ptr()
+    return addresses % 8 == 0
 
 
 def forward(
@@ -410,18 +748,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """h, c_n and, with `save_c`, what backward needs of c: the states at the start of every tile."""
     D, H = u.shape[-3], u.shape[-1]
-    columns, real = B * D * H, _REAL[u.dtype]
-    tile, steps = choose_tile(options, L, columns), len(u)  # steps: L, and of sequences end to end all there are
-    h, c_n = u.new_empty(*u.shape[:-3], D * H), u.new_empty(B, D * H)
+    steps = len(u)  # L, and of sequences end to end all there are
+    h, c_n = u.new_empty(*u.shape[:-3], D * H), bias.new_empty(B, D * H)
+    plan = _plan(forward_kernel, options, u.dtype, steps, B, D, H, _in_pairs(H, u, x, bias, weight_c, c_0, mask_c))
     saved = None
     if options.save_c:
-        saved = u.new_empty(_count_saved(options.padding, tile.chunks * tile.steps, steps, B), D * H)
-    if columns:
-        cuda_launch.launch(
-            forward_kernel(options, real, tile), signatures(options, real)[0], u.device,
-            -(-columns // tile.columns), (tile.columns, tile.chunks),
-            u, x, bias, weight_c, c_0, mask_c, valid, scale_x, steps, B, D, H, h, c_n, saved,
-        )  # fmt: skip
+        saved = bias.new_empty(_count_saved(options.padding, plan.tile.chunks * plan.tile.steps, steps, B), D * H)
+    if c_n.numel():
+        decay, offset = (bias.new_empty(plan.spans, B, D * H) if plan.spans > 1 else None for _ in range(2))
+        arrays = u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, decay, offset
+        numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
+        for kernel in plan.kernels:
+            cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
     return h, c_n, saved
 
 
@@ -431,17 +769,21 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of u, x, bias, weight_c and c_0."""
     D, H = u.shape[-3], u.shape[-1]
-    columns, real = B * D * H, _REAL[u.dtype]
-    tile, steps = choose_tile(options, L, columns), len(u)  # steps: L, and of sequences end to end all there are
+    steps = len(u)  # L, and of sequences end to end all there are
+    plan = _plan(
+        backward_kernel, options._replace(has_c_0=False, save_c=True), u.dtype, steps, B, D, H,
+        _in_pairs(H, u, x, bias, weight_c, mask_c, grad_h, grad_c_n),
+    )  # fmt: skip
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
-    grad_c_0, sum_bias = torch.empty_like(grad_c_n), u.new_empty(B, D, 2, H)
+    grad_c_0, sum_bias = torch.empty_like(grad_c_n), bias.new_empty(plan.spans * B, D, 2, H)
     sum_weight_c = None if weight_c is None else torch.empty_like(sum_bias)
-    if columns:
-        cuda_launch.launch(
-            backward_kernel(options._replace(has_c_0=False, save_c=True), real, tile),
-            signatures(options, real)[1], u.device,
-            -(-columns // tile.columns), (tile.columns, tile.chunks),
-            u, x, bias, weight_c, mask_c, valid, scale_x, steps, B, D, H, saved, grad_h, grad_c_n,
-            grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
+    if grad_c_0.numel():
+        decay, offset = (bias.new_empty(plan.spans, B, D * H) if plan.spans > 1 else None for _ in range(2))
+        arrays = (
+            u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n,
+            grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c, decay, offset,
         )  # fmt: skip
+        numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
+        for kernel in plan.kernels:
+            cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
     return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c_0

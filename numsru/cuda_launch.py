@@ -1,7 +1,8 @@
 """Compile a kernel once for each device and launch it on torch's current stream.
 
 Numba compiles; the launch itself goes through `cuda.core`, on which numba-cuda is built. It takes a few microseconds,
-where `kernel[grid, block](...)` examines every array anew and takes ten to a hundred.
+where `kernel[grid, block](...)` examines every array anew and takes ten to a hundred. Nothing here allocates or waits
+once a kernel is compiled, so that CUDA graphs can capture a launch.
 """
 
 import functools
@@ -17,57 +18,79 @@ from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
 from torch import Tensor
 
-_compiled: dict[tuple[Callable[..., None], int], Any] = {}
 _compiling = threading.Lock()
 _streams: dict[int, Stream] = {}  # by handle: making one costs more than a launch
-_config = functools.lru_cache(4096)(lambda grid, block: LaunchConfig(grid=grid, block=block))
+_config = functools.lru_cache(4096)(lambda blocks, block: LaunchConfig(grid=blocks, block=block))
+
+
+class Kernel:
+    """A plain function that becomes a kernel, compiled on each device where it is launched.
+
+    Args:
+        signature: Numba types of the arguments: pointers, one floating type, and int64. Nothing checks that the
+            arguments are of them.
+        launch_bounds: The most threads of a block, and how many blocks a multiprocessor must be able to hold at once.
+    """
+
+    def __init__(self, function: Callable[..., None], signature: Any, launch_bounds: tuple[int, int]) -> None:
+        self.function, self.signature, self.launch_bounds = function, signature, launch_bounds
+        self.real = np.float32 if float32 in signature.args else np.float64
+        self.compiled: dict[int, Any] = {}  # by index of the device
+
+
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The handle without the object around it, which takes longer than the launch. Only builds for CUDA have it.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
 def launch(
-    kernel: Callable[..., None],
-    signature: Any,
+    kernel: Kernel,
     device: torch.device,
-    blocks: int,
+    blocks: tuple[int, int],
     block: tuple[int, int],
-    *arguments: Any,
+    arrays: tuple[Tensor | None, ...],
+    factor: float,
+    numbers: tuple[int, ...],
 ) -> None:
-    """Launch `kernel`, a plain function, with `block` threads in each of `blocks` blocks.
+    """Launch a kernel with `block` threads in each of `blocks` blocks.
 
     Args:
-        signature: Numba types of the arguments: pointers, int64 and one floating type. Nothing checks that the
-            arguments are of them.
-        arguments: Tensors on `device`, contiguous; None for a null pointer; numbers.
+        arrays: Contiguous tensors on `device`, the kernel's first arguments; None for a null pointer.
+        factor: The argument of floating type.
+        numbers: The integers behind it.
     """
-    real = np.float32 if float32 in signature.args else np.float64
-    values = [_value(a, real) for a in arguments]
-    with torch.cuda.device(device):
-        compiled = _compiled.get((kernel, device.index)) or _compile(kernel, signature, device.index)
-        handle = torch.cuda.current_stream(device).cuda_stream
-        stream = _streams.get(handle) or _streams.setdefault(handle, Stream.from_handle(handle))
-        launch_on_stream(stream, _config(blocks, block), compiled, *values)
+    index = device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(kernel, device, blocks, block, arrays, factor, numbers)
+    compiled = kernel.compiled.get(index) or _compile(kernel, index)
+    handle = _current_stream(index)
+    stream = _streams.get(handle) or _streams.setdefault(handle, Stream.from_handle(handle))
+    # An int goes to the kernel as 64 bits, which both addresses and int64 have. `data_ptr` is what
+    # `__cuda_array_interface__` gives, at a thirtieth of its cost.
+    addresses = [0 if a is None else a.data_ptr() for a in arrays]
+    launch_on_stream(stream, _config(blocks, block), compiled, *addresses, kernel.real(factor), *numbers)
 
 
-def _value(a: Any, real: Any) -> Any:
-    """An argument as `cuda.core` takes it: an address is a Python int, a number a NumPy scalar."""
-    if isinstance(a, Tensor):
-        return a.data_ptr()  # what `__cuda_array_interface__` gives, at a thirtieth of its cost
-    if a is None:
-        return 0
-    return real(a) if isinstance(a, float) else np.int64(a)
-
-
-def _compile(kernel: Callable[..., None], signature: Any, device: int) -> Any:
+def _compile(kernel: Kernel, device: int) -> Any:
     """The kernel, compiled for the current device and loaded there."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured and numsru has to compile a kernel, which a graph cannot contain. Call "
+            "numsru.warmup, or the module once, before the capture"
+        )
     with _compiling:
-        if (kernel, device) not in _compiled:
+        if device not in kernel.compiled:
             try:
-                dispatcher = cuda.jit(signature)(kernel)
-                compiled = dispatcher.overloads[signature.args].library.get_cufunc().kernel
+                dispatcher = cuda.jit(kernel.signature, launch_bounds=kernel.launch_bounds)(kernel.function)
+                kernel.compiled[device] = dispatcher.overloads[kernel.signature.args].library.get_cufunc().kernel
             except (ImportError, DynamicLibNotFoundError) as error:
                 extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
                 raise RuntimeError(
                     f"numsru cannot compile its CUDA kernels: {error}. Install the compiler's libraries with "
                     f"pip install 'numsru[{extra}]'"
                 ) from error
-            _compiled[kernel, device] = compiled
-        return _compiled[kernel, device]
+        return kernel.compiled[device]

@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
-from .autograd import check_cu_seqlens, check_padding, sru_recurrence
+from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
-
-
-def _at_least_float32(a: Tensor) -> Tensor:
-    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
 def check_sizes(**sizes: int) -> None:
@@ -162,24 +158,24 @@ class _SRUBase(nn.Module):
     def _layer(self, i: int, x: Tensor, B: int, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
         """Layer i of x, (L, B, in) or (total_steps, in): h, as x with D*H features, and c_n, (B, D*H)."""
         D, K, H = self.num_directions, self._parts(i), self.hidden_size
-        if torch.is_autocast_enabled(x.device.type):  # what comes from other layers may be of 16 bits; states are not
-            x, c_0 = _at_least_float32(x), None if c_0 is None else _at_least_float32(c_0)
+        weight: Tensor = getattr(self, f"weight_l{i}")
         v = getattr(self, f"layer_norm_l{i}")(x) if self.layer_norm == "pre" else x
         if self.training and self.rnn_dropout > 0:
             mask_x = F.dropout(v.new_ones(B, v.shape[-1]), self.rnn_dropout)
             v = v * (mask_x if padding.cu_seqlens is None else mask_x[padding.row_of_step(len(x))])
         if self._product_size(i) < self._in_size(i):
             v = F.linear(v, getattr(self, f"weight_proj_l{i}"))
-        # Under autocast the product is of 16 bits; the recurrence is of x's.
-        u = F.linear(v, getattr(self, f"weight_l{i}")).to(x.dtype).view(*x.shape[:-1], D, K, H)
         mask_c = None
         if self.training and self.dropout > 0 and i < self.num_layers - 1:
-            mask_c = F.dropout(x.new_ones(B, D * H), self.dropout)
-        h, c_n = sru_recurrence(
-            u,
+            mask_c = F.dropout(x.new_ones(B, D * H, dtype=state_dtype(x.dtype)), self.dropout)
+        h, c_n = sru_layer(
+            v,
+            weight,
             x if self.highway and K == 3 else None,
             getattr(self, f"bias_l{i}"),
-            c_0,
+            None if c_0 is None else c_0.to(state_dtype(c_0.dtype)),
+            directions=D,
+            parts=K,
             weight_c=getattr(self, f"weight_c_l{i}") if self.version == 2 else None,
             mask_c=mask_c,
             lengths=padding.lengths,
@@ -189,6 +185,7 @@ class _SRUBase(nn.Module):
             nonlinearity=self.nonlinearity,
             dropout_placement=self.dropout_placement,
         )
+        c_n = c_n.to(weight.dtype)
         if self.layer_norm == "post":
             h = padding.zero(getattr(self, f"layer_norm_l{i}")(h))
         return h, c_n
@@ -238,11 +235,6 @@ class _SRUBase(nn.Module):
                 f"got shape {tuple(input.shape)}"
             )
         weight: Tensor = self.weight_l0  # type: ignore[assignment]
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{type(self).__name__} computes in float32 and float64, but its parameters are {weight.dtype}; "
-                "for 16 bits keep them in float32 and use torch.autocast"
-            )
         if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
         if input.device != weight.device:
@@ -306,7 +298,8 @@ class SRU(_SRUBase):
             `normalize_after` of `sru` 2.6; Ba et al., arXiv:1607.06450).
         projection_size: Where smaller than a layer's input and output, its matrix is the product of one of
             `projection_size` rows and one of as many columns, as in `sru`. 0: none.
-        device, dtype: Of the parameters; float32 or float64.
+        device, dtype: Of the parameters: float32, float64, float16 or bfloat16. Of 16 bits, states are kept in float32
+            inside a layer.
 
     Inputs: `input, c_0=None, *, lengths=None, mask_pad=None, cu_seqlens=None`
         - **input**: `(L, B, input_size)`; `(B, L, input_size)` with `batch_first`; `(L, input_size)` without a batch;

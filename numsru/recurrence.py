@@ -113,9 +113,31 @@ def output(c, r, skip, mask, nonlinearity, placement):
     return skip + (g - skip) * mask * r
 
 
-def state_grad(grad_h, c, r, mask, nonlinearity):
-    """The part of dL/dc that comes through this step's h."""
-    return grad_h * mask * r * activate_grad(c, activate(c, nonlinearity), nonlinearity)
+def output_grads(grad_h, c, r, skip, mask, nonlinearity, placement):
+    """Gradients of u_r, of skip and of c, the last through this step's h alone."""
+    one = type(r)(1)
+    g = activate(c, nonlinearity)
+    if placement == PAPER:
+        grad_r = grad_h * (mask * g - skip)
+        grad_skip = grad_h * (one - r)
+    else:
+        grad_r = grad_h * (g - skip) * mask
+        grad_skip = grad_h * (one - r * mask)
+    return grad_r * r * (one - r), grad_skip, grad_h * mask * r * activate_grad(c, g, nonlinearity)
+
+
+def forget_slope(c_prev, f, candidate):
+    """The derivative of c in u_f."""
+    return (c_prev - candidate) * f * (type(f)(1) - f)
+
+
+def state_grads(grad_c, grad_reset, slope, f, weight_f, weight_r, version):
+    """Gradients of u_x, u_f and c', from the whole of dL/dc and, in version 2, the gradient of u_r."""
+    grad_forget = grad_c * slope
+    grad_c_prev = grad_c * f
+    if version == 2:
+        grad_c_prev = grad_c_prev + grad_forget * weight_f + grad_reset * weight_r
+    return grad_c * (type(f)(1) - f), grad_forget, grad_c_prev
 
 
 def backward_step(
@@ -126,23 +148,12 @@ def backward_step(
     Returns the gradients of u_x, u_f, u_r, skip and c'. The sums over time of the second and third are those of the
     bias; times c', of the recurrent weights.
     """
-    one = type(f)(1)
-    g = activate(c, nonlinearity)
-    if placement == PAPER:
-        grad_r = grad_h * (mask * g - skip)
-        grad_skip = grad_h * (one - r)
-    else:
-        grad_r = grad_h * (g - skip) * mask
-        grad_skip = grad_h * (one - r * mask)
-    grad_c = grad_c + state_grad(grad_h, c, r, mask, nonlinearity)
-    grad_candidate = grad_c * (one - f)
-    grad_forget = grad_c * (c_prev - candidate) * f * (one - f)
-    grad_reset = grad_r * r * (one - r)
-    grad_c_prev = grad_c * f
-    if version == 2:
-        grad_c_prev = grad_c_prev + grad_forget * weight_f + grad_reset * weight_r
+    grad_reset, grad_skip, grad_c_through_h = output_grads(grad_h, c, r, skip, mask, nonlinearity, placement)
+    grad_candidate, grad_forget, grad_c_prev = state_grads(
+        grad_c + grad_c_through_h, grad_reset, forget_slope(c_prev, f, candidate), f, weight_f, weight_r, version
+    )
     return grad_candidate, grad_forget, grad_reset, grad_skip, grad_c_prev
 
 
 # What a backend has to compile besides `exp`, `tanh` and `sigmoid`.
-COMPOSED = (gate, next_state, activate, activate_grad, output, state_grad, backward_step)
+COMPOSED = (gate, next_state, activate, activate_grad, output, output_grads, forget_slope, state_grads, backward_step)

@@ -111,3 +111,21 @@ def assert_matches_reference(function: Callable[..., Any], case: Case) -> None:
     inputs, grads = case.make_inputs()
     expected = run_and_grads(reference.sru_recurrence, to_float64(inputs), to_float64(grads))
     assert_agrees(run_and_grads(function, inputs, grads), expected, TOLERANCE[case.dtype])
+
+
+# As TOLERANCE, where u, x, h and their gradients have 16 bits: that of rounding once to 8 or 11 bits.
+TOLERANCE_OF_16_BITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def assert_16_bits_match_reference(function: Callable[..., Any], case: Case, dtype: torch.dtype) -> None:
+    """As `assert_matches_reference`, with u and x rounded to `dtype` and everything else float32."""
+    inputs, grads = case._replace(dtype=torch.float32).make_inputs()
+    for name in ("u", "x"):
+        if inputs[name] is not None:
+            inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
+    grads["grad_h"] = grads["grad_h"].to(dtype)
+    expected = run_and_grads(reference.sru_recurrence, to_float64(inputs), to_float64(grads))
+    received = run_and_grads(function, inputs, grads)
+    for name, array in received.items():
+        assert array.dtype == (dtype if name in ("h", "grad_u", "grad_x") else torch.float32), name
+    assert_agrees(received, expected, TOLERANCE_OF_16_BITS[dtype])

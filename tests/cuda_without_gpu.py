@@ -9,7 +9,6 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,11 @@ try:
     from numba import cuda, float32
 
     from numsru import cuda_intrinsics
+    from numsru.cuda_kernels import REDUCE_SPANS
 except DynamicLibNotFoundError as error:
     pytest.skip(f"numba.cuda cannot be imported: {error}", allow_module_level=True)
 
-Kernel = Callable[..., None]
+Shape = tuple[int, int]
 OUTPUTS = {
     "forward": ("h", "c_n", "saved"),
     "backward": ("grad_u", "grad_x", "grad_c_0", "sum_bias", "sum_weight_c"),
@@ -44,36 +44,49 @@ def why_not(where: str) -> str:
     return ""
 
 
-def simulate(kernel: Kernel, signature: Any, device: Any, blocks: int, block: tuple[int, int], *arguments: Any) -> None:
+def simulate(kernel: Any, device: Any, blocks: Shape, block: Shape, *arguments: Any) -> None:
     with warnings.catch_warnings():
         # NumPy warns of arithmetic with infinities, a GPU does not.
         warnings.simplefilter("ignore", RuntimeWarning)
-        cuda.jit(kernel)[blocks, block](*_flat(signature, arguments))
+        cuda.jit(kernel.function)[blocks, block](*_flat(kernel, *arguments))
 
 
-def emulate(kernel: Kernel, signature: Any, device: Any, blocks: int, block: tuple[int, int], *arguments: Any) -> None:
+def emulate(kernel: Any, device: Any, blocks: Shape, block: Shape, *arguments: Any) -> None:
     """Every load and store is checked; so are races, and that every element of every result is written."""
-    values = [0 if a is None else a for a in _flat(signature, arguments)]
-    names = list(inspect.signature(kernel).parameters)
-    arrays = [i for i, a in enumerate(values) if isinstance(a, np.ndarray)]
-    outputs = [i for i in arrays if names[i] in OUTPUTS[kernel.__name__]]
-    for i in set(arrays) - set(outputs):
-        values[i].flags.writeable = False
+    run_emulator(kernel, blocks, block, arguments, check_races=True, stats=False)
+
+
+def run_emulator(kernel: Any, blocks: Shape, block: Shape, arguments: tuple[Any, ...], **options: Any) -> Any:
+    values = [0 if a is None else a for a in _flat(kernel, *arguments)]
+    names = list(inspect.signature(kernel.function).parameters)
+    reduces = inspect.getclosurevars(kernel.function).nonlocals["stage"] == REDUCE_SPANS
+    written = ("span_decay", "span_offset") if reduces else OUTPUTS[kernel.function.__name__]
+    outputs = [i for i, a in enumerate(values) if isinstance(a, np.ndarray) and names[i] in written]
+    for i, a in enumerate(values):
+        if isinstance(a, np.ndarray) and i not in outputs:
+            a.flags.writeable = False
     result = _emulator().launch(
-        _compile(kernel, signature), blocks, block, values, check_races=True, poison=outputs, stats=False,
+        _compile(kernel), blocks, block, values, poison=outputs,
         # The error that float32's instructions may have. Float64's tanh uses them only where they are exact.
-        approx_error=1.0 if float32 in signature.args else 0.0,
+        approx_error=1.0 if float32 in kernel.signature.args else 0.0, **options,
     )  # fmt: skip
     assert not result.errors
     assert not result.races, "\n".join(map(str, result.races))
     # Rows of different lengths leave some of `saved` unused; were it read, the NaN there would spread.
     unwritten = {names[i]: int(result.unwritten(i).sum()) for i in outputs if names[i] != "saved"}
     assert not any(unwritten.values()), f"elements never written: {unwritten}"
+    return result
 
 
-@functools.cache
-def _compile(kernel: Kernel, signature: Any) -> Any:
-    return _emulator().compile(kernel, signature, cc=(9, 0), lto=True)
+def _compile(kernel: Any) -> Any:
+    if kernel not in _compiled:
+        _compiled[kernel] = _emulator().compile(
+            kernel.function, kernel.signature, cc=(9, 0), lto=True, launch_bounds=kernel.launch_bounds
+        )
+    return _compiled[kernel]
+
+
+_compiled: dict[Any, Any] = {}
 
 
 @functools.cache
@@ -84,15 +97,13 @@ def _emulator() -> Any:
     return ptxemu
 
 
-def _flat(signature: Any, arguments: tuple[Any, ...]) -> list[Any]:
-    """The arguments as a kernel sees them, with arrays in place of addresses."""
-    scalar = np.float32 if float32 in signature.args else np.float64
+def _flat(kernel: Any, arrays: tuple[torch.Tensor | None, ...], factor: float, numbers: tuple[int, ...]) -> list[Any]:
+    """The arguments as a kernel sees them, with arrays of words in place of addresses."""
     values: list[Any] = []
-    for a in arguments:
-        if isinstance(a, torch.Tensor):
+    for a, pointer in zip(arrays, kernel.signature.args, strict=False):
+        if a is not None:
             flat = a.detach().view(-1)  # refuses what is not contiguous
-            value = (flat.view(torch.uint8) if flat.dtype == torch.bool else flat).numpy()
-        else:
-            value = scalar(a) if isinstance(a, float) else None if a is None else np.int64(a)
-        values.append(value)
-    return values
+            bits = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.itemsize, flat.dtype)).numpy()
+            a = bits.view(getattr(np, pointer.dtype.name))
+        values.append(a)
+    return [*values, kernel.real(factor), *map(np.int64, numbers)]

@@ -215,6 +215,7 @@ def test_other_devices_go_to_the_reference():
     assert (h.shape, c_n.shape) == ((5, 2, 4), (2, 4))
 
 
+BF16 = torch.bfloat16
 F64 = torch.float64
 FLAT = {"u": torch.zeros(7, 1, 3, 5), "x": torch.zeros(7, 5)}
 ERRORS = {
@@ -222,7 +223,16 @@ ERRORS = {
     "5 sub-matrices": ({"u": torch.zeros(7, 3, 1, 5, 5)}, ValueError, "K = 3 or 4"),
     "3 directions": ({"u": torch.zeros(7, 3, 3, 3, 5)}, ValueError, "D = 1 or 2"),
     "no units": ({"u": torch.zeros(7, 3, 1, 3, 0)}, ValueError, "H >= 1"),
-    "16 bits": ({"u": torch.zeros(7, 3, 1, 3, 5, dtype=torch.bfloat16)}, TypeError, "float32 or float64.*bfloat16"),
+    "8 bits": ({"u": torch.zeros(7, 3, 1, 3, 5, dtype=torch.float8_e5m2)}, TypeError, "float16 or bfloat16.*float8"),
+    "complex": ({"u": torch.zeros(7, 3, 1, 3, 5, dtype=torch.complex64)}, TypeError, "float16 or bfloat16.*complex"),
+    "u of 16 bits": (
+        {"u": torch.zeros(7, 3, 1, 3, 5, dtype=torch.float16)}, TypeError, "x must be torch.float16.*float32"
+    ),
+    "bias of another 16 bits": (
+        {"u": torch.zeros(7, 3, 1, 3, 5, dtype=torch.float16), "x": None, "bias": torch.zeros(1, 2, 5, dtype=BF16)},
+        TypeError,
+        "bias must be torch.float16 as u is or torch.float32, got torch.bfloat16",
+    ),
     "x of another shape": ({"x": torch.zeros(7, 3, 6)}, ValueError, r"x must have shape \(7, 3, 5\), got \(7, 3, 6\)"),
     "x of another dtype": ({"x": torch.zeros(7, 3, 5, dtype=F64)}, TypeError, "x must be torch.float32.*float64"),
     "x on another device": ({"x": torch.zeros(7, 3, 5, device="meta")}, ValueError, "x must be on cpu.*meta"),

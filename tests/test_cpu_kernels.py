@@ -7,7 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import Case, assert_matches_reference, run_and_grads
+from cases import (
+    TOLERANCE_OF_16_BITS,
+    Case,
+    assert_16_bits_match_reference,
+    assert_matches_reference,
+    run_and_grads,
+)
 from numba import cfunc, njit
 
 from numsru import cpu_kernels, recurrence, sru_recurrence
@@ -60,6 +66,22 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_match_the_float64_reference(case):
     assert_matches_reference(sru_recurrence, case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE_OF_16_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(L=19, H=33),
+        Case(L=19, H=5, D=2, padding="lengths", mask_c=True, scale_x=1.2),
+        Case(L=19, H=20, D=2, padding="mask", highway="projected", nonlinearity="selu"),
+        Case(L=19, H=20, padding="packed", version=2, nonlinearity="tanh"),
+        Case(L=9, H=16, highway="none", nonlinearity="relu", c_0=False),
+    ],
+    ids=str,
+)
+def test_16_bits_match_the_float64_reference_of_the_same_inputs(case, dtype):
+    assert_16_bits_match_reference(sru_recurrence, case, dtype)
 
 
 def _with_threads(monkeypatch, threads, case):

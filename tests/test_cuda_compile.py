@@ -7,13 +7,14 @@ from unittest import mock
 
 import cuda_without_gpu  # noqa: F401  skips this file where numba.cuda cannot be imported
 import pytest
+import torch
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
-from numba import cuda, float32, float64
+from numba import cuda
 
 from numsru import cuda_kernels, cuda_launch
 from numsru.cuda_intrinsics import SIMULATED
-from numsru.cuda_kernels import Tile, backward_kernel, forward_kernel
+from numsru.cuda_kernels import REDUCE_SPANS, SPANS, STORAGE, WHOLE, Tile, backward_kernel, forward_kernel
 from numsru.recurrence import (
     HIGHWAY,
     IDENTITY,
@@ -33,8 +34,11 @@ if SIMULATED:
 
 from numba.cuda.cudadrv.error import NvvmSupportError  # the simulator has none
 
-REGISTERS_OF_A_BLOCK = 65536
-ONE_CHUNK, EIGHT_CHUNKS = Tile(128, 1, 8), Tile(32, 8, 8)
+float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+# With a load of one number, and of two. The tiles that are chosen for many columns and for few.
+MANY, MANY_IN_PAIRS = Tile(128, 1, 8), Tile(128, 2, 4, 2)
+FEW, FEW_IN_PAIRS = Tile(32, 8, 8), Tile(16, 16, 4, 2)
 
 PLAIN = Options(save_c=True)
 RICH = Options(1, SELU, HIGHWAY, SKIP_PROJECTED, LENGTHS, has_c_0=True, has_mask_c=True, save_c=True)
@@ -43,15 +47,26 @@ PLAIN_2 = Options(2, IDENTITY, save_c=True)
 RICH_2 = Options(2, TANH, padding=PACKED, has_c_0=True, has_mask_c=True, save_c=True)
 
 COMPILED = [
-    (PLAIN, ONE_CHUNK, float32),
-    (PLAIN, EIGHT_CHUNKS, float32),
-    (RICH, EIGHT_CHUNKS, float32),
-    (RICH, EIGHT_CHUNKS, float64),
-    (BARE, EIGHT_CHUNKS, float32),
-    (PLAIN_2, ONE_CHUNK, float32),
-    (RICH_2, ONE_CHUNK, float64),
+    (PLAIN, MANY, float32, WHOLE),
+    (PLAIN, FEW, float32, WHOLE),
+    (PLAIN, MANY_IN_PAIRS, float32, WHOLE),
+    (PLAIN, FEW_IN_PAIRS, float32, WHOLE),
+    (PLAIN, MANY_IN_PAIRS, bfloat16, WHOLE),
+    (PLAIN, FEW_IN_PAIRS, bfloat16, WHOLE),
+    (PLAIN, FEW_IN_PAIRS, float16, WHOLE),
+    (PLAIN, FEW_IN_PAIRS, bfloat16, REDUCE_SPANS),
+    (PLAIN, FEW_IN_PAIRS, float32, SPANS),
+    (RICH, FEW_IN_PAIRS, float32, WHOLE),
+    (RICH, FEW, float64, WHOLE),
+    (RICH, FEW._replace(wide=True), float32, WHOLE),
+    (BARE, FEW_IN_PAIRS, bfloat16, WHOLE),
+    (BARE, FEW, float32, WHOLE),
+    (PLAIN_2, MANY, float32, WHOLE),
+    (PLAIN_2, MANY, bfloat16, WHOLE),
+    (RICH_2, MANY, float64, WHOLE),
 ]
 NAMES = {PLAIN: "plain", RICH: "rich", BARE: "bare", PLAIN_2: "plain", RICH_2: "rich"}
+STAGES = {WHOLE: "", REDUCE_SPANS: "-reduce", SPANS: "-spans"}
 
 
 def _why_not():
@@ -67,8 +82,11 @@ needs_compiler = pytest.mark.skipif(bool(reason := _why_not()), reason=reason)
 
 
 def kernels(compiled):
-    ids = [f"version_{o.version}-{NAMES[o]}-{tile.chunks}-{real}" for o, tile, real in compiled]
-    return pytest.mark.parametrize(("options", "tile", "real"), compiled, ids=ids)
+    ids = [
+        f"version_{o.version}-{NAMES[o]}-{t.chunks}x{t.lanes}{'-wide' * t.wide}-{str(dtype)[6:]}{STAGES[stage]}"
+        for o, t, dtype, stage in compiled
+    ]
+    return pytest.mark.parametrize(("options", "tile", "dtype", "stage"), compiled, ids=ids)
 
 
 passes = pytest.mark.parametrize("make_kernel", [forward_kernel, backward_kernel], ids=["forward", "backward"])
@@ -78,46 +96,59 @@ capabilities = pytest.mark.parametrize(
 
 
 @functools.cache
-def _library(make_kernel, options, tile, real):
+def _library(make_kernel, options, tile, dtype, stage, cc):
     """What `cuda.jit` makes before it knows the device. That takes seconds; the rest, for a device, little time."""
     from numba.cuda.compiler import _compile_pyfunc_with_fixup
 
-    signature = cuda_kernels.signatures(options, real)[make_kernel is backward_kernel]
-    device = types.SimpleNamespace(compute_capability=(9, 0))
+    kernel = cuda_kernels._kernel(make_kernel, options, STORAGE[dtype], tile, stage)
+    device = types.SimpleNamespace(compute_capability=cc)
     with mock.patch("numba.cuda.dispatcher.get_current_device", return_value=device):
         return _compile_pyfunc_with_fixup(
-            make_kernel(options, real, tile), signature, device=False, abi="numba", cc=(9, 0), lto=True
-        )[0]
+            kernel.function, kernel.signature, device=False, abi="numba", cc=cc, lto=True,
+            launch_bounds=kernel.launch_bounds,
+        )[0]  # fmt: skip
 
 
-def _link(library, cc, kind, **options):
+def _link(compiled, cc, kind, **options):
     """Machine code or PTX after optimisation at link time, as `cuda.jit` has it, with the linker's remarks."""
+    # What Numba makes of a kernel differs between devices only in how it rounds to bfloat16.
+    library = _library(*compiled, cc if cc < (8, 0) and compiled[3] == bfloat16 else (9, 0))
     options = LinkerOptions(arch="sm_" + "".join(map(str, cc)), link_time_optimization=True, **options)
     linker = Linker(ObjectCode.from_ltoir(library.get_ltoir(cc=cc)), options=options)
     return linker.link(kind).code, linker.get_info_log()
 
 
 @functools.cache
-def _ptx(library, cc):
-    return _link(library, cc, "ptx", ptx=True)[0].decode()
+def _ptx(compiled, cc):
+    return _link(compiled, cc, "ptx", ptx=True)[0].decode()
+
+
+@functools.cache
+def _resources(compiled, cc):
+    """Registers of a thread, bytes of its stack, bytes of registers moved to memory."""
+    _, log = _link(compiled, cc, "cubin", ptxas_options=["-v"])
+    stack, stores, loads = map(
+        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    )
+    return int(re.search(r"Used (\d+) registers", log)[1]), stack, stores + loads
 
 
 @needs_compiler
 @capabilities
 @passes
 @kernels(COMPILED)
-def test_kernel_fits_into_registers(make_kernel, options, tile, real, cc):
-    _, log = _link(_library(make_kernel, options, tile, real), cc, "cubin", ptxas_options=["-v"])
-    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log)
-    assert int(re.search(r"Used (\d+) registers", log)[1]) * tile.columns * tile.chunks <= REGISTERS_OF_A_BLOCK
+def test_kernel_fits_into_registers(make_kernel, options, tile, dtype, stage, cc):
+    registers, stack, spilled = _resources((make_kernel, options, tile, dtype, stage), cc)
+    assert (stack, spilled) == (0, 0)
+    assert registers * tile.columns * tile.chunks <= 65536
 
 
 @needs_compiler
 @capabilities
 @passes
 @kernels(COMPILED)
-def test_kernel_calls_nothing(make_kernel, options, tile, real, cc):
-    ptx = _ptx(_library(make_kernel, options, tile, real), cc)
+def test_kernel_calls_nothing(make_kernel, options, tile, dtype, stage, cc):
+    ptx = _ptx((make_kernel, options, tile, dtype, stage), cc)
     assert ".entry" in ptx
     assert not re.search(r"\bcall\b", ptx)
 
@@ -125,17 +156,18 @@ def test_kernel_calls_nothing(make_kernel, options, tile, real, cc):
 @needs_compiler
 @capabilities
 @passes
-@kernels([c for c in COMPILED if c[2] is float32])
-def test_float32_kernel_has_no_float64_instruction(make_kernel, options, tile, real, cc):
-    assert ".f64" not in _ptx(_library(make_kernel, options, tile, real), cc)
+@kernels([c for c in COMPILED if c[2] != float64])
+def test_float32_kernel_has_no_float64_instruction(make_kernel, options, tile, dtype, stage, cc):
+    assert ".f64" not in _ptx((make_kernel, options, tile, dtype, stage), cc)
 
 
 @pytest.mark.parametrize("error", [NvvmSupportError, DynamicLibNotFoundError])
 def test_missing_compiler_is_named(monkeypatch, error):
-    def jit(signature):
+    def jit(signature, **options):
         raise error("no libnvvm")
 
     monkeypatch.setattr(cuda, "jit", jit)
-    monkeypatch.setattr(cuda_launch, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], MANY, WHOLE)
     with pytest.raises(RuntimeError, match=r"no libnvvm.*pip install 'numsru\[cuda1[23]\]'"):
-        cuda_launch._compile(forward_kernel(PLAIN, float32, ONE_CHUNK), None, 0)
+        cuda_launch._compile(kernel, 0)

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, assert_agrees, assert_matches_reference, run_and_grads, to_float64
+from cases import (
+    TOLERANCE,
+    TOLERANCE_OF_16_BITS,
+    Case,
+    assert_16_bits_match_reference,
+    assert_agrees,
+    assert_matches_reference,
+    run_and_grads,
+    to_float64,
+)
 from cuda_without_gpu import emulate, simulate, why_not
 
 from numsru import autograd, cuda_kernels, cuda_launch, reference, sru_recurrence
-from numsru.cuda_kernels import Tile
+from numsru.cuda_kernels import STORAGE, Tile
 from numsru.recurrence import Options
 
 SIMULATOR, EMULATOR, DEVICE = "simulator", "emulator", pytest.param("device", marks=pytest.mark.gpu)
@@ -40,7 +49,18 @@ def tiled(cases):
 
 @pytest.fixture
 def set_tile(monkeypatch):
-    return lambda tile: monkeypatch.setattr(cuda_kernels, "choose_tile", lambda options, L, columns: tile)
+    def set_tile(tile):
+        monkeypatch.setattr(cuda_kernels, "choose_tile", lambda *_: tile)
+
+    return set_tile
+
+
+@pytest.fixture(autouse=True)
+def _plan_anew():
+    """Plans are kept; these tests change what they are made of."""
+    cuda_kernels._plan.cache_clear()
+    yield
+    cuda_kernels._plan.cache_clear()
 
 
 # Options that occur in several tests, so that the emulator compiles them once.
@@ -125,8 +145,85 @@ CHUNKED = [
 def test_chosen_tiles_match_the_float64_reference(run, monkeypatch, chunks, case):
     columns = case.B * case.D * case.H
     monkeypatch.setattr(cuda_kernels, "_WANTED_THREADS", chunks * columns)  # as if so many columns filled a GPU
-    assert cuda_kernels.choose_tile(Options(version=case.version), case.L, columns).chunks == chunks
+    lanes = 2 if case.version == 1 and case.H % 2 == 0 and case.dtype == torch.float32 else 1
+    tile = cuda_kernels.choose_tile(Options(version=case.version), STORAGE[case.dtype], case.L, columns, lanes)
+    assert tile.chunks == chunks * lanes
     assert_matches_reference(run, case)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize("dtype", TOLERANCE_OF_16_BITS, ids=["bfloat16", "float16"])
+@tiled(
+    [
+        (Tile(4, 2, 2), Case(L=9, D=2, padding="lengths", mask_c=True, scale_x=1.3)),
+        (Tile(4, 2, 2, lanes=2), Case(L=9, H=6, D=2, padding="mask", highway="projected")),
+        (Tile(4, 1, 2), Case(L=9, version=2, padding="packed", nonlinearity="tanh")),
+    ]
+)
+def test_16_bits_match_the_float64_reference_of_the_same_inputs(run, set_tile, tile, case, dtype):
+    set_tile(tile)
+    assert_16_bits_match_reference(run, case, dtype)
+
+
+@on(EMULATOR, DEVICE)
+@pytest.mark.parametrize("dtype", TOLERANCE_OF_16_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "case", [Case(L=40, H=64), Case(L=40, H=33), Case(L=40, H=32, version=2, D=2, padding="lengths")], ids=str
+)
+def test_16_bits_in_chosen_tiles_match_the_float64_reference(run, case, dtype):
+    assert_16_bits_match_reference(run, case, dtype)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled(
+    [
+        (Tile(4, 2, 2, lanes=2), Case(L=11, H=6, dtype=torch.float32)),
+        (
+            Tile(4, 2, 2, lanes=2),
+            Case(L=11, H=4, D=2, padding="lengths", highway="projected", mask_c=True, dtype=torch.float32),
+        ),
+    ]
+)
+def test_pairs_match_the_float64_reference(run, set_tile, tile, case):
+    set_tile(tile)
+    assert_matches_reference(run, case)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize("spans", [2, 3, 20])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(L=41, B=2),
+        Case(L=41, B=2, D=2, padding="lengths", mask_c=True, scale_x=1.2),
+        Case(L=41, B=2, D=2, padding="mask", highway="projected", nonlinearity="selu", c_0=False),
+        Case(L=40, B=1, H=6, highway="none", nonlinearity="identity", dtype=torch.float32),
+    ],
+    ids=str,
+)
+def test_time_in_spans_matches_the_float64_reference(run, set_tile, monkeypatch, case, spans):
+    set_tile(Tile(4, 2, 2))
+    monkeypatch.setattr(cuda_kernels, "_MANY_STEPS", 1)
+    monkeypatch.setattr(cuda_kernels, "_MOST_SPANS", spans)
+    chosen = cuda_kernels._choose_spans(Options(), Tile(4, 2, 2), case.L, case.B * case.D * case.H)[0]
+    assert 1 < chosen <= spans
+    assert_matches_reference(run, case)
+
+
+@pytest.mark.parametrize(
+    ("options", "L", "columns", "split"),
+    [
+        (Options(), 4096, 1024, True),
+        (Options(), 4095, 1024, False),
+        (Options(), 4096, 1025, False),
+        (Options(version=2), 4096, 64, False),
+    ],
+)
+def test_time_is_split_for_few_columns_and_many_steps(options, L, columns, split):
+    tile = cuda_kernels.choose_tile(options, STORAGE[torch.float32], L, columns, 1)
+    spans, tiles = cuda_kernels._choose_spans(options, tile, L, columns)
+    assert (spans > 1) == split
+    assert spans * tiles * tile.chunks * tile.steps >= L
 
 
 def _padding_of(inputs, case):
@@ -234,17 +331,22 @@ def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case
 
 
 @pytest.mark.parametrize(
-    ("version", "L", "columns", "tile"),
+    ("version", "L", "columns", "lanes", "tile"),
     [
-        (1, 0, 100, Tile(128, 1, 8)),
-        (1, 8, 100, Tile(128, 1, 8)),
-        (1, 9, 100, Tile(32, 2, 8)),
-        (1, 32, 100, Tile(32, 4, 8)),
-        (1, 1000, 100, Tile(32, 8, 8)),
-        (1, 1000, 132 * 256, Tile(32, 2, 8)),
-        (1, 1000, 132 * 512, Tile(128, 1, 8)),
-        (2, 1000, 100, Tile(128, 1, 8)),
+        (1, 0, 100, 1, Tile(32, 1, 8)),
+        (1, 8, 10**6, 1, Tile(128, 1, 8)),
+        (1, 9, 10**6, 1, Tile(128, 1, 8)),
+        (1, 9, 10**4, 1, Tile(64, 2, 8)),
+        (1, 32, 10**4, 1, Tile(64, 4, 8)),
+        (1, 1000, 10**4, 1, Tile(32, 8, 8)),
+        (1, 1000, 10**4, 2, Tile(16, 16, 4, 2)),
+        (1, 1000, 100, 1, Tile(8, 8, 8)),
+        (1, 1000, 132 * 192, 2, Tile(64, 4, 4, 2)),
+        (1, 1000, 132 * 384, 2, Tile(128, 2, 4, 2)),
+        (2, 1000, 100, 1, Tile(32, 1, 8)),
+        (2, 1000, 10**6, 1, Tile(128, 1, 8)),
     ],
 )
-def test_few_columns_get_many_chunks(version, L, columns, tile):
-    assert cuda_kernels.choose_tile(Options(version=version), L, columns) == tile
+def test_few_columns_get_many_chunks(version, L, columns, lanes, tile):
+    chosen = cuda_kernels.choose_tile(Options(version=version), STORAGE[torch.float32], L, columns, lanes)
+    assert chosen == tile

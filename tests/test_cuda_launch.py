@@ -11,23 +11,29 @@ from numba import float32, float64, int64
 from numba.types import CPointer, void
 
 from numsru import cuda_launch
+from numsru.cuda_launch import Kernel
 
 
 class Driver:
     """Stands in for torch's and the driver's state. Records what is compiled and what is launched."""
 
     def __init__(self):
-        self.stream, self.device, self.compiled, self.launched = 70, None, [], []
+        self.stream, self.device, self.capturing, self.compiled, self.launched = 70, 0, False, [], []
 
     @contextlib.contextmanager
     def use(self, device):
-        self.device = device
+        before, self.device = self.device, device
         yield
-        self.device = None
+        self.device = before
 
-    def compile(self, kernel, signature, device):
-        self.compiled.append((kernel, signature, device, self.device))
-        return cuda_launch._compiled.setdefault((kernel, device), f"{kernel.__name__} on {device}")
+    def jit(self, signature, launch_bounds):
+        def compile_for_device(function):
+            self.compiled.append((function, launch_bounds, self.device))
+            compiled = types.SimpleNamespace(kernel=f"{function.__name__} on {self.device}")
+            library = types.SimpleNamespace(get_cufunc=lambda: compiled)
+            return types.SimpleNamespace(overloads={signature.args: types.SimpleNamespace(library=library)})
+
+        return compile_for_device
 
     def launch(self, stream, config, compiled, *values):
         launch = types.SimpleNamespace(
@@ -40,31 +46,33 @@ class Driver:
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "device", driver.use)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=driver.stream + device.index)
-    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.capturing)
+    monkeypatch.setattr(cuda_launch, "_current_stream", lambda device: driver.stream + device)
     monkeypatch.setattr(cuda_launch, "Stream", types.SimpleNamespace(from_handle=lambda handle: ("stream", handle)))
     monkeypatch.setattr(cuda_launch, "launch_on_stream", driver.launch)
-    monkeypatch.setattr(cuda_launch, "_compile", driver.compile)
-    monkeypatch.setattr(cuda_launch, "_compiled", {})
+    monkeypatch.setattr(cuda_launch.cuda, "jit", driver.jit)
     monkeypatch.setattr(cuda_launch, "_streams", {})
     return driver
 
 
-def kernel(a, b, x, n):
+def function(a, b, x, n, m):
     pass
 
 
-def other_kernel(a, b, x, n):
+def other_function(a, b, x, n, m):
     pass
+
+
+def make_kernel(function=function, real=float32):
+    return Kernel(function, void(CPointer(real), CPointer(real), real, int64, int64), (128, 2))
 
 
 DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
-def launch(kernel=kernel, device=DEVICE, real=float32, a=None, x=0.5, n=7):
-    signature = void(CPointer(real), CPointer(real), real, int64)
-    cuda_launch.launch(kernel, signature, device, 3, (32, 4), a, None, x, n)
+def launch(kernel=None, device=DEVICE, a=None, x=0.5, n=7):
+    cuda_launch.launch(kernel or make_kernel(), device, (3, 2), (32, 4), (a, None), x, (n, 8))
 
 
 def test_tensors_become_addresses(driver):
@@ -84,58 +92,69 @@ def test_none_becomes_a_null_pointer(driver):
 
 @pytest.mark.parametrize(("real", "scalar"), [(float32, np.float32), (float64, np.float64)], ids=["float32", "float64"])
 def test_numbers_have_the_types_of_the_kernel(driver, real, scalar):
-    launch(real=real, x=0.1)
-    x, n = driver.launched[0].values[2:]
+    launch(make_kernel(real=real), x=0.1)
+    x, *numbers = driver.launched[0].values[2:]
     assert (type(x), x) == (scalar, scalar(0.1))
-    assert (type(n), n) == (np.int64, 7)
+    assert [(type(n), n) for n in numbers] == [(int, 7), (int, 8)]  # which cuda.core passes on as 64 bits
 
 
 def test_arguments_keep_their_order(driver):
     a = torch.zeros(4)
     launch(a=a, x=2.0, n=2**40)
-    assert driver.launched[0].values == (a.data_ptr(), 0, 2.0, 2**40)
+    assert driver.launched[0].values == (a.data_ptr(), 0, 2.0, 2**40, 8)
 
 
 def test_grid_has_the_given_shape(driver):
     launch()
     config = driver.launched[0].config
-    assert tuple(config.grid) == (3, 1, 1)
+    assert tuple(config.grid) == (3, 2, 1)
     assert tuple(config.block) == (32, 4, 1)
 
 
 def test_stream_is_sampled_at_every_launch(driver):
-    launch()
-    driver.stream = 80
-    launch()
-    driver.stream = 70
-    launch()
+    for driver.stream in (70, 80, 70):
+        launch()
     assert [made.stream for made in driver.launched] == [("stream", 70), ("stream", 80), ("stream", 70)]
 
 
 def test_device_of_the_tensors_is_current_during_the_launch(driver):
     launch(device=OTHER_DEVICE)
     made = driver.launched[0]
-    assert made.device == OTHER_DEVICE
+    assert made.device == 1
     assert made.stream == ("stream", 71)
-    assert driver.compiled[0][3] == OTHER_DEVICE
+    assert driver.compiled == [(function, (128, 2), 1)]
+    assert driver.device == 0
 
 
 def test_kernel_is_compiled_once(driver):
-    launch()
-    launch()
-    assert [c[0] for c in driver.compiled] == [kernel]
-    assert [made.compiled for made in driver.launched] == ["kernel on 0"] * 2
+    kernel = make_kernel()
+    launch(kernel)
+    launch(kernel)
+    assert driver.compiled == [(function, (128, 2), 0)]
+    assert [made.compiled for made in driver.launched] == ["function on 0"] * 2
 
 
 def test_another_device_compiles_again(driver):
-    launch()
-    launch(device=OTHER_DEVICE)
-    launch()
-    assert [c[2] for c in driver.compiled] == [0, 1]
-    assert [made.compiled for made in driver.launched] == ["kernel on 0", "kernel on 1", "kernel on 0"]
+    kernel = make_kernel()
+    for device in (DEVICE, OTHER_DEVICE, DEVICE):
+        launch(kernel, device)
+    assert [device for _, _, device in driver.compiled] == [0, 1]
+    assert [made.compiled for made in driver.launched] == ["function on 0", "function on 1", "function on 0"]
 
 
 def test_another_kernel_is_compiled_for_itself(driver):
     launch()
-    launch(kernel=other_kernel)
-    assert [made.compiled for made in driver.launched] == ["kernel on 0", "other_kernel on 0"]
+    launch(make_kernel(other_function))
+    assert [made.compiled for made in driver.launched] == ["function on 0", "other_function on 0"]
+
+
+def test_nothing_is_compiled_into_a_graph(driver):
+    driver.capturing = True
+    kernel = make_kernel()
+    with pytest.raises(RuntimeError, match=r"numsru\.warmup.*before the capture"):
+        launch(kernel)
+    driver.capturing = False
+    launch(kernel)
+    driver.capturing = True
+    launch(kernel)
+    assert len(driver.launched) == 2

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import numsru
 from numsru import SRU, SRUCell, cpu_kernels, reference
+from numsru import padding as padding_module
 
 F64 = torch.float64
 
@@ -398,20 +399,56 @@ def test_parameters_follow_the_dtype_or_device_asked_for():
     assert SRU(3, 4, device="meta").weight_l0.device.type == "meta"
 
 
-def test_autocast_runs_the_recurrence_in_the_inputs_precision():
-    rnn, x = SRU(6, 4), torch.randn(5, 2, 6)
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@SIXTEEN
+@pytest.mark.parametrize("name", ["layers", "equal sizes", "bidirectional", "version 2", "pre norm", "post norm"])
+def test_autocast_stores_16_bits(name, dtype):
+    rnn, x = make(name, dtype=torch.float32), torch.randn(5, 2, 6)
+    rnn.train()
+    with torch.autocast("cpu", dtype):
+        output, c_n = rnn(x)
+    assert (output.dtype, c_n.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.05, atol=0.05)
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in rnn.parameters())
+
+
+def test_autocast_leaves_float64_alone():
+    rnn, x = make("layers"), torch.randn(5, 2, 6, dtype=F64)
     with torch.autocast("cpu", torch.bfloat16):
-        output, _ = rnn(x)
-    assert output.dtype == torch.float32
-    torch.testing.assert_close(output, rnn(x)[0], rtol=0.05, atol=0.05)
+        output = rnn(x)[0]
+    torch.testing.assert_close(output, rnn(x)[0], rtol=0, atol=0)
 
 
 def test_autocast_accepts_what_other_layers_give_in_16_bits():
     rnn, x = SRU(6, 6, 2), torch.randn(5, 2, 6)
     with torch.autocast("cpu", torch.bfloat16):
         output, c_n = rnn(x.bfloat16(), torch.zeros(2, 2, 6, dtype=torch.bfloat16))
-    assert (output.dtype, c_n.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(output, rnn(x)[0], rtol=0.05, atol=0.05)
+    assert (output.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.05, atol=0.05)
+
+
+@SIXTEEN
+@pytest.mark.parametrize("name", ["layers", "equal sizes", "version 2", "pre norm", "projection"])
+def test_parameters_may_have_16_bits(name, dtype):
+    rnn = make(name, dtype=dtype)
+    exact = make(name)
+    exact.load_state_dict(rnn.state_dict())
+    x, lengths = torch.randn(9, 3, 6).to(dtype), torch.tensor([9, 4, 0])
+    output, c_n = rnn(x, lengths=lengths)
+    assert (output.dtype, c_n.dtype) == (dtype, dtype)
+    expected, expected_c = exact(x.double(), lengths=lengths)
+    torch.testing.assert_close((output.double(), c_n.double()), (expected, expected_c), rtol=0.03, atol=0.03)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    expected.backward(grad.double())
+    for (parameter, p), q in zip(rnn.named_parameters(), exact.parameters(), strict=True):
+        error = (p.grad.double() - q.grad).abs().max() / q.grad.abs().max()
+        assert error <= 0.05, f"{parameter}: {error}"
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x, lengths=lengths), (output, c_n), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("padding", ["lengths", "packed"])
@@ -486,11 +523,6 @@ def test_forward_error_says_what_was_expected(name):
 def test_wrong_mask_is_described_in_the_callers_layout():
     with pytest.raises(ValueError, match=r"mask_pad must have shape \(3, 7\), got \(7, 3\)"):
         SRU(6, 4, batch_first=True)(X.transpose(0, 1), mask_pad=torch.zeros(7, 3, dtype=torch.bool))
-
-
-def test_16_bit_parameters_are_refused_in_terms_of_the_module():
-    with pytest.raises(TypeError, match=r"SRU computes in float32 and float64, but its parameters are torch\.bfloat16"):
-        SRU(6, 4).bfloat16()(X.bfloat16())
 
 
 def test_bad_cu_seqlens_are_refused_with_input_dropout():
@@ -577,7 +609,7 @@ def test_short_path_of_a_cell_computes_what_the_long_one_does(monkeypatch, versi
         assert len(calls) == 3
         cell(x[..., :6], c.double().float())
         with torch.autocast("cpu"):
-            assert cell(x, c)[0].dtype == torch.float32
+            assert cell(x, c)[0].dtype == torch.bfloat16
     assert len(calls) == 4  # but not under autocast
 
 
@@ -604,3 +636,45 @@ def test_a_sequence_in_pieces_is_the_whole_to_rounding(options, pieces, dtype):
             parts.append(part)
     for received, expected in ((torch.cat(parts), output), (c, c_n)):
         assert (received - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 9])
+@pytest.mark.parametrize("padding", ["none", "lengths", "mask_pad", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["one layer", "layers", "equal sizes bidirectional", "version 2", "equal sizes"])
+def test_inference_in_pieces_of_the_time_is_the_whole(monkeypatch, name, padding, pieces):
+    torch.manual_seed(0)
+    rnn, x = make(name).train(), torch.randn(9, 3, 6, dtype=F64)
+    c_0 = torch.randn(rnn.num_layers * rnn.num_directions, 3, rnn.hidden_size, dtype=F64)
+    mask_pad = torch.rand(9, 3) < 0.4
+    arguments = {
+        "none": {},
+        "lengths": {"lengths": torch.tensor([4, 9, 0])},
+        "mask_pad": {"mask_pad": mask_pad},
+        "cu_seqlens": {"cu_seqlens": torch.tensor([0, 4, 4, 9])},
+    }[padding]
+    if padding == "cu_seqlens":
+        x = x[:, 0]
+    # As on a GPU, where nobody looks at the values: on a CPU only the valid steps would be computed.
+    monkeypatch.setattr(padding_module, "is_on_host", lambda a: False)
+    expected = rnn(x, c_0, **arguments)
+    bytes_of_u = x[..., 0].numel() * rnn.weight_l0.shape[0] * 8
+    monkeypatch.setattr(cpu_kernels, "_BYTES_AT_A_TIME", bytes_of_u // pieces)
+    launches, run = [], cpu_kernels._run
+    monkeypatch.setattr(cpu_kernels, "_run", lambda *args: launches.append(args) or run(*args))
+    with torch.no_grad():
+        received = rnn(x, c_0, **arguments)
+    assert len(launches) >= pieces * rnn.num_layers * rnn.num_directions // 2
+    torch.testing.assert_close(received, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_inference_never_holds_the_products_of_all_steps(monkeypatch):
+    rnn, x = SRU(64, 64), torch.randn(512, 4, 64)
+    monkeypatch.setattr(cpu_kernels, "_BYTES_AT_A_TIME", 1 << 16)
+    largest, allocate = [0], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty",
+        lambda self, *size, **kw: largest.append(allocate(self, *size, **kw)) or largest[-1],
+    )  # fmt: skip
+    with torch.no_grad():
+        rnn(x)
+    assert max(a.numel() for a in largest[1:]) == x.numel()  # h
