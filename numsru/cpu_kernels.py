@@ -406,6 +406,7 @@ class _Kernel(NamedTuple):
 
     address: int
     call: Callable[[bytes], None]
+    code: Any  # what owns the memory behind the address
 
 
 def _compile(function: Callable[..., None], options: Options, storage: Any) -> _Kernel:
@@ -419,7 +420,7 @@ def _compile(function: Callable[..., None], options: Options, storage: Any) -> _
         compiled = cfunc(types.void(types.int64), cache=True, **how)(function)
     except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
         compiled = cfunc(types.void(types.int64), **how)(function)
-    return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address))
+    return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address), compiled)
 
 
 def _find_parallel() -> Any:
@@ -477,7 +478,7 @@ def _run(kernel: _Kernel, tasks: tuple[int, int, int, int], launch: Launch, scal
     n_threads = tasks[0]
     words = _pack_words(0, *tasks[1:], *launch, scale_x, *arrays, *[0] * (14 - len(arrays)))
     if n_threads == 1:
-        kernel.call(words)
+        kernel.call(words)  # which counts its task in these bytes; nobody else has seen them
         return
     memory = ctypes.create_string_buffer(words, len(words))
     if _start_team is not None:

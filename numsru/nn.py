@@ -192,12 +192,12 @@ class _SRUBase(nn.Module):
 
     def _has_short_path(self, x: Tensor, c: Tensor | None) -> bool:
         """Whether one step of x, (B, in), is a matrix product and a kernel for each layer, and nothing else."""
-        dtype, parameters = x.dtype, self._parameters
+        dtype = x.dtype
         return (
             x.is_cpu
             and not torch.is_grad_enabled()
             and not (self.training and (self.rnn_dropout or self.dropout))
-            and self.layer_norm is None
+            and not self._modules  # no layer normalisation, no parametrizations
             and not self.projection_size
             and not self.bidirectional
             and (dtype is torch.float32 or dtype is torch.float64)
@@ -205,16 +205,17 @@ class _SRUBase(nn.Module):
             and (c is None or (c.dtype is dtype and c.is_cpu))
             and type(x) is Tensor
             and not torch.is_autocast_enabled("cpu")
-            and all(a.dtype is dtype and a.is_cpu and a.is_contiguous() for a in parameters.values() if a is not None)
-            and "weight_l0" in parameters  # absent where a parametrization computes it
+            and all(
+                a.dtype is dtype and a.is_cpu and a.is_contiguous() for a in self._parameters.values() if a is not None
+            )
         )
 
     def _step(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
         """One step of x, (B, in), on the short path: h, (B, H). c: the states of the layers, before and then after."""
-        get: Any = self._parameters.get
         scale_x = self._scale_x if self.rescale else 1.0
         for i, state in enumerate(c):
-            weight, bias, weight_c = get(f"weight_l{i}"), get(f"bias_l{i}"), get(f"weight_c_l{i}")
+            weight, bias = getattr(self, f"weight_l{i}"), getattr(self, f"bias_l{i}")
+            weight_c = getattr(self, f"weight_c_l{i}") if self.version == 2 else None
             skip = (SKIP_PROJECTED if self._parts(i) == 4 else SKIP_INPUT) if self.highway else NO_SKIP
             u = F.linear(x, weight)
             if bias is None:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import numsru
@@ -575,6 +576,24 @@ def test_a_step_in_two_directions_computes_what_the_long_path_does(version):
     torch.manual_seed(0)
     rnn = SRU(8, 4, 2, bidirectional=True, version=version)
     x, c_0 = torch.randn(1, 3, 8), torch.randn(4, 3, 4)
+    expected = rnn(x, c_0)
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x, c_0), expected)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, a):
+        return 2 * a
+
+
+@pytest.mark.parametrize("name", ["weight_l1", "bias_l0", "weight_c_l1"])
+def test_a_step_takes_parametrized_parameters(name):
+    torch.manual_seed(0)
+    rnn = SRU(8, 4, 2, version=2)
+    with torch.no_grad():
+        rnn.bias_l0.normal_()
+    torch.nn.utils.parametrize.register_parametrization(rnn, name, Twice())
+    x, c_0 = torch.randn(1, 3, 8), torch.randn(2, 3, 4)
     expected = rnn(x, c_0)
     with torch.no_grad():
         torch.testing.assert_close(rnn(x, c_0), expected)
