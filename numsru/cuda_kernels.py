@@ -468,11 +468,14 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                     candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
                 )  # fmt: skip
             # The states inside the tile, as in forward.
-            c_start = load(at_state, -ty * chunk, left)
+            c_start = load(at_state, 0, left if ty == 0 else int32(0))
             for j in range(lanes):
                 carry[j] = unpack(c_start, j, real)
                 c[j] = carry[j]
             if chunks > 1:
+                # To the other chunks, the state at the start of the tile is part of what the first one adds.
+                for j in range(lanes):
+                    offset[j] += decay[j] * carry[j]
                 decays[slot + uint64(ty * width)] = pack(decay[0], decay[last], real, real_word)
                 offsets[slot + uint64(ty * width)] = pack(offset[0], offset[last], real, real_word)
                 cuda.syncthreads()
@@ -634,9 +637,7 @@ STEPS_PER_STATE = 8  # the state of one step in so many is kept, or fewer: the f
 _WANTED_THREADS = 132 * 384  # a fifth of what an H100 or H200 can hold: enough loads on their way
 _WANTED_BLOCKS = 132  # a block for each of their multiprocessors
 _MOST_SPANS = 64
-_THREADS = 256
-# Of a multiprocessor. With one block more, some kernels would have to move registers to memory.
-_RESIDENT_THREADS = {"forward_kernel": 512, "backward_kernel": 256}
+_THREADS = 128
 
 
 def choose_tile(options: Options, storage: Storage, L: int, columns: int, lanes: int) -> Tile:
@@ -700,7 +701,10 @@ def _plan(
 ) -> _Plan:
     if steps >= 2**31:
         raise ValueError(f"the CUDA kernels take at most 2^31 - 1 steps, got {steps}")
-    storage, columns, lanes = STORAGE[dtype], B * D * H, 2 if pairs and options.version == 1 else 1
+    storage, columns = STORAGE[dtype], B * D * H
+    # Pairs of 16 bits: half as many loads, and as much of the address arithmetic. Numbers of 32 bits are loaded well
+    # enough one at a time, and leave registers for more threads.
+    lanes = 2 if pairs and dtype.itemsize == 2 and options.version == 1 else 1
     tile = choose_tile(options, storage, steps, columns, lanes)
     tile = tile._replace(wide=tile.wide or columns // lanes * options.parts >= 2**31)
     spans, span_tiles = _choose_spans(options, tile, steps, columns)
@@ -717,29 +721,29 @@ def _kernel(
     make_kernel: Callable[..., Any], options: Options, storage: Storage, tile: Tile, stage: int
 ) -> cuda_launch.Kernel:
     signature = signatures(options, storage, tile)[make_kernel is backward_kernel]
-    return cuda_launch.Kernel(
-        make_kernel(options, storage, tile, stage), signature, launch_bounds(make_kernel, storage, tile)
-    )
+    bounds = functools.partial(launch_bounds, make_kernel, options, storage, tile)
+    return cuda_launch.Kernel(make_kernel(options, storage, tile, stage), signature, bounds)
 
 
-def launch_bounds(make_kernel: Callable[..., Any], storage: Storage, tile: Tile) -> tuple[int, int]:
+def launch_bounds(
+    make_kernel: Callable[..., Any], options: Options, storage: Storage, tile: Tile, capability: tuple[int, int]
+) -> tuple[int, int]:
     """Threads of a block and how many blocks a multiprocessor must be able to hold."""
     threads = tile.columns * tile.chunks
-    resident = _RESIDENT_THREADS[make_kernel.__name__] if storage.real == float32 else _THREADS
-    return threads, max(1, resident // threads)
+    # With one block more, some kernels would have to move registers to memory.
+    forward, backward = 640 if options.parts == 3 else 512, 384 if (8, 0) <= capability < (10, 0) else 256
+    if storage.real == float64:
+        forward, backward = 256, 256
+    return threads, max(1, (backward if make_kernel is backward_kernel else forward) // threads)
 
 
 def _in_pairs(H: int, *arrays: Tensor | None) -> bool:
     """Whether two neighbouring numbers can be loaded at once everywhere."""
-    if H % 2:
-        return False
     addresses = 0
     for a in arrays:
         if a is not None:
-            if a.dtype == torch.float64:
-                return False
             addresses |= a.data_ptr()
-    return addresses % 8 == 0
+    return H % 2 == 0 and addresses % 8 == 0
 
 
 def forward(

@@ -29,10 +29,14 @@ class Kernel:
     Args:
         signature: Numba types of the arguments: pointers, one floating type, and int64. Nothing checks that the
             arguments are of them.
-        launch_bounds: The most threads of a block, and how many blocks a multiprocessor must be able to hold at once.
+        launch_bounds: Of a compute capability: the most threads of a block, and how many blocks a multiprocessor must
+            be able to hold at once.
     """
 
-    def __init__(self, function: Callable[..., None], signature: Any, launch_bounds: tuple[int, int]) -> None:
+    def __init__(
+        self, function: Callable[..., None], signature: Any,
+        launch_bounds: Callable[[tuple[int, int]], tuple[int, int]],
+    ) -> None:  # fmt: skip
         self.function, self.signature, self.launch_bounds = function, signature, launch_bounds
         self.real = np.float32 if float32 in signature.args else np.float64
         self.compiled: dict[int, Any] = {}  # by index of the device
@@ -85,7 +89,8 @@ def _compile(kernel: Kernel, device: int) -> Any:
     with _compiling:
         if device not in kernel.compiled:
             try:
-                dispatcher = cuda.jit(kernel.signature, launch_bounds=kernel.launch_bounds)(kernel.function)
+                bounds = kernel.launch_bounds(torch.cuda.get_device_capability(device))
+                dispatcher = cuda.jit(kernel.signature, launch_bounds=bounds)(kernel.function)
                 kernel.compiled[device] = dispatcher.overloads[kernel.signature.args].library.get_cufunc().kernel
             except (ImportError, DynamicLibNotFoundError) as error:
                 extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"

@@ -81,7 +81,7 @@ def run_emulator(kernel: Any, blocks: Shape, block: Shape, arguments: tuple[Any,
 def _compile(kernel: Any) -> Any:
     if kernel not in _compiled:
         _compiled[kernel] = _emulator().compile(
-            kernel.function, kernel.signature, cc=(9, 0), lto=True, launch_bounds=kernel.launch_bounds
+            kernel.function, kernel.signature, cc=(9, 0), lto=True, launch_bounds=kernel.launch_bounds((9, 0))
         )
     return _compiled[kernel]
 

@@ -48,6 +48,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", driver.use)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.capturing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device))
     monkeypatch.setattr(cuda_launch, "_current_stream", lambda device: driver.stream + device)
     monkeypatch.setattr(cuda_launch, "Stream", types.SimpleNamespace(from_handle=lambda handle: ("stream", handle)))
     monkeypatch.setattr(cuda_launch, "launch_on_stream", driver.launch)
@@ -65,7 +66,7 @@ def other_function(a, b, x, n, m):
 
 
 def make_kernel(function=function, real=float32):
-    return Kernel(function, void(CPointer(real), CPointer(real), real, int64, int64), (128, 2))
+    return Kernel(function, void(CPointer(real), CPointer(real), real, int64, int64), lambda cc: (128, cc[0]))
 
 
 DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -122,7 +123,7 @@ def test_device_of_the_tensors_is_current_during_the_launch(driver):
     made = driver.launched[0]
     assert made.device == 1
     assert made.stream == ("stream", 71)
-    assert driver.compiled == [(function, (128, 2), 1)]
+    assert driver.compiled == [(function, (128, 9), 1)]
     assert driver.device == 0
 
 
@@ -130,7 +131,7 @@ def test_kernel_is_compiled_once(driver):
     kernel = make_kernel()
     launch(kernel)
     launch(kernel)
-    assert driver.compiled == [(function, (128, 2), 0)]
+    assert driver.compiled == [(function, (128, 9), 0)]
     assert [made.compiled for made in driver.launched] == ["function on 0"] * 2
 
 
