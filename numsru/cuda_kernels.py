@@ -665,7 +665,7 @@ def _choose_spans(options: Options, tile: Tile, L: int, columns: int) -> tuple[i
     if tile.chunks == 1 or options.padding == PACKED or columns > _FEW_COLUMNS or L < _MANY_STEPS:
         return 1, tiles
     blocks = -(-columns // (tile.columns * tile.lanes))
-    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, 2 * _WANTED_BLOCKS // blocks)))
+    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, 4 * _WANTED_BLOCKS // blocks)))
     return -(-tiles // span_tiles), span_tiles
 
 
