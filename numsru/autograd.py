@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_kernels, reference
+from . import cpu_kernels, operators, reference
+from .backend import check_not_traced, is_transformed, may_look, uses_operators, uses_reference
+from .backend import kernels_for as _kernels
+from .operators import check_lengths, check_rise
 from .recurrence import (
     DROPOUT_PLACEMENTS,
     LENGTHS,
@@ -33,22 +36,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _kernels(device_type: str) -> ModuleType | None:
-    """The backend for tensors on a device; None where there are no kernels for it."""
-    if device_type == "cpu":
-        return cpu_kernels
-    if device_type == "cuda":
-        try:
-            from . import cuda_kernels  # imported late: numba.cuda is of no use to those without a GPU
-        except (ImportError, RuntimeError) as error:
-            error.add_note(
-                "numsru needs NVIDIA's libraries for its CUDA kernels: pip install 'numsru[cuda13]' or [cuda12]"
-            )
-            raise
-        return cuda_kernels
-    return None
-
-
 class _Call(NamedTuple):
     """A call of the recurrence with its arguments checked. The tensors are contiguous, x and u apart."""
 
@@ -59,6 +46,7 @@ class _Call(NamedTuple):
     B: int
     D: int
     H: int
+    looked: bool  # whether the values of lengths and cu_seqlens on the CPU have been checked
 
     def forward(
         self, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
@@ -81,21 +69,49 @@ class _Call(NamedTuple):
 
 
 class _Recurrence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, call: _Call, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
-        mask_c: Tensor | None, valid: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        h, c_n, c = call.forward(u, x, bias, weight_c, c_0, mask_c, valid)
-        ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c, c_0)
-        ctx.call = call
-        return h, c_n
+    """In the form that `torch.func` asks for, which costs a little more than that of `_Layer`."""
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        call: _Call, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
+        mask_c: Tensor | None, valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        if not call.looked:
+            operators.check_valid(valid, call.options.padding, call.L)
+        return call.forward(u, x, bias, weight_c, c_0, mask_c, valid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.call, u, x, bias, weight_c, c_0, mask_c, valid = inputs
+        c = output[2]
+        if c is not None:
+            ctx.mark_non_differentiable(c)
+        ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c, c_0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grads = _compute_once(_recurrence_gradients, ctx.call, *ctx.saved_tensors, grad_h, grad_c_n)
         needed = ctx.needs_input_grad[1:6]
         return None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _one_after_the_other(_Recurrence, info.batch_size, in_dims, args)
+
+
+def _one_after_the_other(
+    function: Any, batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """What `torch.func.vmap` wants of a Function, by one call of it for each element."""
+    calls = [
+        # Of what holds no tensor, the dimension is None or as nested as it is itself.
+        function.apply(
+            *(a.select(d, i).contiguous() if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+        )
+        for i in range(batch_size)
+    ]
+    outputs = tuple(None if a[0] is None else torch.stack(a) for a in zip(*calls, strict=True))
+    return outputs, tuple(None if a is None else 0 for a in outputs)
 
 
 def _recurrence_gradients(call: _Call, *tensors: Any) -> tuple[Tensor | None, ...]:
@@ -162,15 +178,20 @@ class _Once(torch.autograd.Function):
     """Gradients as an operation that refuses to be differentiated: without it they would pass for constants."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> Any:
+    def forward(gradients: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> Any:
         return gradients(*args)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "numsru's kernels can be differentiated once. For second derivatives call "
-            "numsru.reference.sru_recurrence, which takes the same arguments"
-        )
+        raise RuntimeError(operators.ONCE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _one_after_the_other(_Once, info.batch_size, in_dims, args)
 
 
 def sru_recurrence(
@@ -265,13 +286,11 @@ def sru_recurrence(
     _check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
     prepared = _prepare(
         u.shape[:-3], D, K, H, u.dtype, u.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
-        cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(u, x, bias, c_0, weight_c),
+        cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(u, x, bias, c_0, weight_c), may_look(u),
     )  # fmt: skip
     if prepared.call is None:
-        return reference.sru_recurrence(u, x, **prepared.options)
-    u, x = u.contiguous().resolve_neg(), None if x is None else x.contiguous().resolve_neg()
-    h, c_n = _Recurrence.apply(prepared.call, u, x, *prepared.tensors)  # type: ignore[no-untyped-call]
-    return h, c_n
+        return _reference(u, x, prepared.options)
+    return _by_kernels(prepared, u, x)
 
 
 def sru_layer(
@@ -314,10 +333,11 @@ def sru_layer(
     prepared = _prepare(
         v.shape[:-1], D, K, H, v.dtype, v.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
         cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(v, weight, x, bias, c_0, weight_c),
+        may_look(v),
     )  # fmt: skip
-    if prepared.call is None:
+    if prepared.call is None or not may_look(v):
         u = F.linear(v, weight).view(*v.shape[:-1], D, K, H)
-        return reference.sru_recurrence(u, x, **prepared.options)
+        return _reference(u, x, prepared.options) if prepared.call is None else _by_kernels(prepared, u, x)
     v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
     x = None if same or x is None else x.contiguous().resolve_neg()
     h, c_n = _Layer.apply(prepared.call, same, v, weight, x, *prepared.tensors)  # type: ignore[no-untyped-call]
@@ -325,9 +345,31 @@ def sru_layer(
 
 
 class _Prepared(NamedTuple):
-    call: _Call | None  # None where no kernels exist for the device
+    call: _Call | None  # None where the reference is to compute it
     tensors: tuple[Tensor | None, ...]  # bias, weight_c, c_0, mask_c and valid, as kernels take them
     options: dict[str, Any]  # the same for the reference
+
+
+def _reference(u: Tensor, x: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The reference, with the dtypes that kernels compute in and return."""
+    state = state_dtype(u.dtype)
+    options = {n: a.to(state) if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in options.items()}
+    h, c_n = reference.sru_recurrence(u.to(state), None if x is None else x.to(state), **options)
+    return h.to(u.dtype), c_n
+
+
+def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    call, tensors = prepared.call, prepared.tensors
+    assert call is not None
+    if uses_operators(u):
+        (bias, weight_c, c_0, mask_c, valid), o = tensors, call.options
+        h, c_n, _ = torch.ops.numsru.recurrence(
+            u, x, bias, c_0, weight_c, mask_c, valid, call.scale_x, o.nonlinearity, o.placement, o.padding, o.save_c
+        )
+    else:
+        u, x = u.contiguous().resolve_neg(), None if x is None else x.contiguous().resolve_neg()
+        h, c_n, _ = _Recurrence.apply(call, u, x, *tensors)  # type: ignore[no-untyped-call]
+    return h, c_n
 
 
 def _require_grad(*tensors: Tensor | None) -> bool:
@@ -338,16 +380,16 @@ def _prepare(
     leading: torch.Size, D: int, K: int, H: int, dtype: torch.dtype, device: torch.device, has_x: bool,
     bias: Tensor | None, c_0: Tensor | None, weight_c: Tensor | None, mask_c: Tensor | None, lengths: Tensor | None,
     mask_pad: Tensor | None, cu_seqlens: Tensor | None, scale_x: float, nonlinearity: str | None,
-    dropout_placement: str, save_c: bool,
+    dropout_placement: str, requires_grad: bool, look: bool,
 ) -> _Prepared:  # fmt: skip
     """Check what does not depend on u and x, of which come the leading sizes, the dtype and the device."""
     if cu_seqlens is None:
         L, B = leading
-        valid = check_padding(lengths, mask_pad, L, B, device)
+        valid = check_padding(lengths, mask_pad, L, B, device, look=look)
     else:
         if lengths is not None or mask_pad is not None:
             raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
-        valid, L = check_cu_seqlens(cu_seqlens, leading[0], device)
+        valid, L = check_cu_seqlens(cu_seqlens, leading[0], device, look=look)
         B = len(cu_seqlens) - 1
     state = state_dtype(dtype)
     _check("bias", bias, (D, 2, H), dtype, device, state)
@@ -361,7 +403,7 @@ def _prepare(
     _check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
     _check_choice("dropout_placement", dropout_placement, DROPOUT_PLACEMENTS)
 
-    kernels = _kernels(device.type)
+    kernels = None if uses_reference() else _kernels(device.type)
     if kernels is None:
         options = {
             "bias": bias, "c_0": c_0, "weight_c": weight_c, "mask_c": mask_c,
@@ -370,6 +412,7 @@ def _prepare(
             "dropout_placement": dropout_placement,
         }  # fmt: skip
         return _Prepared(None, (), options)
+    check_not_traced()
     padding = NO_PADDING
     for kind, given in ((LENGTHS, lengths), (MASK, mask_pad), (PACKED, cu_seqlens)):
         padding = padding if given is None else kind
@@ -381,13 +424,13 @@ def _prepare(
         padding=padding,
         has_c_0=c_0 is not None,
         has_mask_c=mask_c is not None,
-        save_c=save_c,
+        save_c=requires_grad or (torch.is_grad_enabled() and is_transformed()),
     )
     if bias is None:
         bias = torch.zeros(D, 2, H, dtype=state, device=device)
     tensors = (None if a is None else a.to(state).contiguous().resolve_neg() for a in (bias, weight_c, c_0, mask_c))
     valid = None if valid is None else valid.contiguous()
-    return _Prepared(_Call(kernels, compiled, float(scale_x), L, B, D, H), (*tensors, valid), {})
+    return _Prepared(_Call(kernels, compiled, float(scale_x), L, B, D, H, look), (*tensors, valid), {})
 
 
 def _check(
@@ -410,9 +453,12 @@ def _check(
 
 
 def check_padding(
-    lengths: Tensor | None, mask_pad: Tensor | None, L: int, B: int, device: torch.device
+    lengths: Tensor | None, mask_pad: Tensor | None, L: int, B: int, device: torch.device, look: bool = True
 ) -> Tensor | None:
-    """The array that tells kernels which steps are valid: the lengths as int64 on `device`, or the mask, or None."""
+    """The array that tells kernels which steps are valid: the lengths as int64 on `device`, or the mask, or None.
+
+    `look`: whether values on the host may be looked at. Operators check them when they run.
+    """
     if mask_pad is not None:
         if lengths is not None:
             raise ValueError("expected at most one of lengths and mask_pad, got both")
@@ -423,16 +469,18 @@ def check_padding(
         raise ValueError(f"lengths must have shape {(B,)}, got {tuple(lengths.shape)}")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= L:
-        raise ValueError(f"lengths must lie between 0 and L = {L}, got {int(lengths.min())} to {int(lengths.max())}")
+    if look and lengths.device.type == "cpu":
+        check_lengths(lengths, L)
     if lengths.device.type != "cpu" and lengths.device != device:
         raise ValueError(f"lengths must be on {device} as u is, or on the CPU, got {lengths.device}")
     # A copy: kernels on the CPU rely on the values that were checked here, and read them again in backward.
     return lengths.to(device, torch.int64, copy=lengths.device.type == "cpu")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device) -> tuple[Tensor, int]:
-    """cu_seqlens as int64 on `device`, and the most steps that a sequence has."""
+def check_cu_seqlens(
+    cu_seqlens: Tensor, total_steps: int, device: torch.device, look: bool = True
+) -> tuple[Tensor, int]:
+    """cu_seqlens as int64 on `device`, and the most steps that a sequence has. `look`: as for `check_padding`."""
     if cu_seqlens.dim() != 1 or not len(cu_seqlens):
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype.is_floating_point or cu_seqlens.dtype.is_complex or cu_seqlens.dtype == torch.bool:
@@ -442,10 +490,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, total_steps: int, device: torch.device)
             raise ValueError(f"cu_seqlens must be on {device} as u is, or on the CPU, got {cu_seqlens.device}")
         return cu_seqlens.long(), total_steps  # a bound
     cu_seqlens = cu_seqlens.to(torch.int64, copy=True)  # differences of narrower integers could wrap
-    lengths = cu_seqlens.diff()
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total_steps or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to total_steps = {total_steps}, got {cu_seqlens.tolist()}")
-    return cu_seqlens.to(device), int(lengths.max()) if len(lengths) else 0
+    if not look:
+        return cu_seqlens.to(device), total_steps
+    check_rise(cu_seqlens, total_steps)
+    return cu_seqlens.to(device), int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
 
 def _check_choice(name: str, value: str, choices: dict[str, int]) -> None:

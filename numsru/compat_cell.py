@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autograd import sru_recurrence
+from .backend import may_look
 from .compat_convert import gate_major
 from .nn import check_probabilities, check_sizes, highway_scale
 from .padding import Padding, compute_padded
@@ -270,9 +271,9 @@ class SRUCell(nn.Module):
         highway = self.has_skip_term and self.num_matrices == 3
         scale_x = 1.0
         if highway and self.rescale:
-            if self.scale_x.device.type == "cpu":
+            if self.scale_x.device.type == "cpu" and may_look(x):
                 scale_x = self.scale_x.item()
-            else:  # reading the number from a GPU would stall it
+            else:  # reading the number from a GPU would stall it, and cannot be compiled
                 x = x * self.scale_x
         mask_c = None
         if self.training and self.dropout > 0:

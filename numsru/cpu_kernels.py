@@ -35,8 +35,10 @@ from .recurrence import (
     PAPER,
     SKIP_INPUT,
     SKIP_PROJECTED,
+    STEPS_PER_STATE,
     Options,
     backward_step,
+    count_saved,
     gate,
     next_state,
     output,
@@ -47,7 +49,7 @@ C, H_OUT, SAVED, FORGET, STATES, GRAD_C, GRAD_CANDIDATE, GRAD_FORGET = range(1, 
 GRAD_RESET, GRAD_SKIP, BIAS_F, BIAS_R, WEIGHT_F, WEIGHT_R = range(9, 15)
 
 WIDTH = 16  # units of a block: one vector of float32, or two or four, as wide as the processor has them
-TILE = 8  # steps from one state that is kept to the next
+TILE = STEPS_PER_STATE  # steps from one state that is kept to the next
 
 
 @inlined
@@ -501,11 +503,6 @@ STORAGE = {
 }  # fmt: skip
 
 
-def _count_saved(padding: int, steps: int, B: int) -> int:
-    """An upper bound of the tiles of all rows; see _saved_at."""
-    return steps // TILE + B if padding == PACKED else -(-steps // TILE) * B
-
-
 def forward(
     options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
     mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int,
@@ -515,7 +512,7 @@ def forward(
     steps = len(u)  # L, and of sequences end to end all there are
     h = u.new_empty(*u.shape[:-3], D * H)
     c_n = bias.new_zeros(B, D * H) if c_0 is None else c_0.clone()
-    saved = bias.new_empty(_count_saved(options.padding, steps, B), D * H) if options.save_c else None
+    saved = bias.new_empty(count_saved(options.padding, steps, B), D * H) if options.save_c else None
     if c_n.numel():
         # c_n holds the state from the start: no need to compile for an initial state, and once more without one.
         kernel = _forward_kernel(options._replace(has_c_0=False), STORAGE[u.dtype])

@@ -31,7 +31,9 @@ from .recurrence import (
     PACKED,
     SKIP_INPUT,
     SKIP_PROJECTED,
+    STEPS_PER_STATE,
     Options,
+    count_saved,
     forget_slope,
     gate,
     next_state,
@@ -633,7 +635,6 @@ def signatures(options: Options, storage: Storage, tile: Tile) -> tuple[Any, Any
     )
 
 
-STEPS_PER_STATE = 8  # the state of one step in so many is kept, or fewer: the fewest steps of a tile
 _WANTED_THREADS = 132 * 384  # a fifth of what an H100 or H200 can hold: enough loads on their way
 _WANTED_BLOCKS = 132  # a block for each of their multiprocessors
 _MOST_SPANS = 64
@@ -670,11 +671,6 @@ def _choose_spans(options: Options, tile: Tile, L: int, columns: int) -> tuple[i
 
 
 _FEW_COLUMNS, _MANY_STEPS = 1024, 4096
-
-
-def _count_saved(padding: int, tile_length: int, L: int, B: int) -> int:
-    """An upper bound of the tiles of all rows; see _saved_at."""
-    return L // tile_length + B if padding == PACKED else -(-L // tile_length) * B
 
 
 class _Plan(NamedTuple):
@@ -757,7 +753,9 @@ def forward(
     plan = _plan(forward_kernel, options, u.dtype, steps, B, D, H, _in_pairs(H, u, x, bias, weight_c, c_0, mask_c))
     saved = None
     if options.save_c:
-        saved = bias.new_empty(_count_saved(options.padding, plan.tile.chunks * plan.tile.steps, steps, B), D * H)
+        # Room for the shortest tiles that are chosen: torch.compile has to know the shape without the plan.
+        shortest = min(plan.tile.chunks * plan.tile.steps, STEPS_PER_STATE)
+        saved = bias.new_empty(count_saved(options.padding, steps, B, shortest), D * H)
     if c_n.numel():
         decay, offset = (bias.new_empty(plan.spans, B, D * H) if plan.spans > 1 else None for _ in range(2))
         arrays = u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, decay, offset

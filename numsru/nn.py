@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
 from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
+from .backend import may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
 
@@ -194,8 +195,9 @@ class _SRUBase(nn.Module):
         """Whether one step of x, (B, in), is a matrix product and a kernel for each layer, and nothing else."""
         dtype = x.dtype
         return (
-            x.is_cpu
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
+            and takes_shortcuts(x)
+            and x.is_cpu
             and not (self.training and (self.rnn_dropout or self.dropout))
             and not self._modules  # no layer normalisation, no parametrizations
             and not self.projection_size
@@ -203,7 +205,6 @@ class _SRUBase(nn.Module):
             and (dtype is torch.float32 or dtype is torch.float64)
             and x.is_contiguous()
             and (c is None or (c.dtype is dtype and c.is_cpu))
-            and type(x) is Tensor
             and not torch.is_autocast_enabled("cpu")
             and all(
                 a.dtype is dtype and a.is_cpu and a.is_contiguous() for a in self._parameters.values() if a is not None
@@ -383,9 +384,8 @@ class SRU(_SRUBase):
             self._check_input(input, (2, 2))
             if lengths is not None or mask_pad is not None:
                 raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
-            cu_seqlens, _ = check_cu_seqlens(
-                cu_seqlens, len(input), input.device
-            )  # checked and sent once for all layers
+            # Checked and sent once for all layers.
+            cu_seqlens, _ = check_cu_seqlens(cu_seqlens, len(input), input.device, look=may_look(input))
             return self._forward_layers(input, len(cu_seqlens) - 1, c_0, Padding(cu_seqlens=cu_seqlens))
         self._check_input(input, (2, 3))
         if mask_pad is not None and mask_pad.shape != input.shape[:-1]:
@@ -411,7 +411,8 @@ class SRU(_SRUBase):
         """x is (L, B, in), mask_pad (L, B)."""
         L, B, _ = x.shape
         on_host = next((a for a in (lengths, mask_pad) if a is not None and is_on_host(a)), None)
-        check_padding(lengths, mask_pad, L, B, x.device if on_host is None else on_host.device)
+        device = x.device if on_host is None else on_host.device
+        check_padding(lengths, mask_pad, L, B, device, look=may_look(x))
         padding = Padding(lengths, mask_pad)
         return compute_padded(lambda x, c, padding: self._forward_layers(x, B, c, padding), x, c_0, padding)
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .backend import may_look
+
 
 def is_on_host(a: Tensor) -> bool:
     """Whether a's values can be looked at without waiting for a device."""
@@ -79,8 +81,10 @@ Layers = Callable[[Tensor, Tensor | None, Padding], tuple[Tensor, Tensor]]
 def compute_padded(layers: Layers, x: Tensor, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
     """`layers` of x, (L, B, features), with `lengths` or `mask_pad`; valid steps alone if these are on the host."""
     L, B, _ = x.shape
-    known = next((a for a in padding if a is not None and is_on_host(a)), None)
+    known = next((a for a in padding if a is not None and is_on_host(a)), None) if may_look(x) else None
     if known is None:
+        if padding.mask_pad is not None:
+            padding = padding._replace(mask_pad=padding.mask_pad.to(x.device))
         # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
         return layers(padding.zero(x), c_0, padding)
     valid = ~known if padding.lengths is None else torch.arange(L, device="cpu").unsqueeze(1) < known

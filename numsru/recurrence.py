@@ -51,6 +51,14 @@ class Options(NamedTuple):
         return 4 if self.skip == SKIP_PROJECTED else 3
 
 
+STEPS_PER_STATE = 8  # for backward the state of one step in so many is kept, or fewer: the fewest steps of a tile
+
+
+def count_saved(padding: int, steps: int, B: int, steps_per_state: int = STEPS_PER_STATE) -> int:
+    """How many rows of states there is room for: an upper bound of the tiles of all batch rows."""
+    return steps // steps_per_state + B if padding == PACKED else -(-steps // steps_per_state) * B
+
+
 def exp(x):
     return math.exp(x)
 
