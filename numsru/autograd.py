@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_kernels, operators, reference
+from . import cpu_kernels, operators, products, reference
 from .backend import check_not_traced, is_transformed, may_look, uses_operators, uses_reference
 from .backend import kernels_for as _kernels
 from .operators import check_lengths, check_rise
@@ -129,11 +129,7 @@ class _Layer(torch.autograd.Function):
         weight_c: Tensor | None, c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         skip = v if highway_is_v else x
-        if call.kernels is cpu_kernels and not call.options.save_c:
-            return cpu_kernels.layer_forward(
-                call.options, v, weight, skip, bias, weight_c, c_0, mask_c, valid, call.scale_x, call.L, call.B, call.D
-            )
-        u = F.linear(v, weight).view(*v.shape[:-1], call.D, call.options.parts, call.H)
+        u = _project(call, v, weight)
         h, c_n, c = call.forward(u, skip, bias, weight_c, c_0, mask_c, valid)
         ctx.save_for_backward(u, v, weight, x, bias, weight_c, mask_c, valid, c, c_0)
         ctx.call, ctx.highway_is_v = call, highway_is_v
@@ -157,16 +153,12 @@ def _layer_gradients(
     grad_u, grad_x, *others = call.backward(
         u, v if highway_is_v else x, bias, weight_c, mask_c, valid, c, grad_h, grad_c_n
     )
-    grad_u, v_rows = grad_u.view(-1, weight.shape[0]), v.view(-1, v.shape[-1])
-    grad_v = grad_weight = None
-    if v_needs_it and highway_is_v:
-        assert grad_x is not None
-        grad_v = grad_x.view(v_rows.shape).addmm_(grad_u, weight).view(v.shape)
-    elif v_needs_it:
-        grad_v = torch.mm(grad_u, weight).view(v.shape)
-    if weight_needs_it:
-        grad_weight = torch.mm(grad_u.t(), v_rows)
-    return grad_v, grad_weight, None if highway_is_v else grad_x, *others
+    rows = v.view(-1, v.shape[-1])
+    grad_v, grad_weight = products.gradients(
+        grad_u.view(-1, weight.shape[0]), rows, weight,
+        grad_x.view(rows.shape) if highway_is_v and grad_x is not None else None, v_needs_it, weight_needs_it,
+    )  # fmt: skip
+    return None if grad_v is None else grad_v.view(v.shape), grad_weight, None if highway_is_v else grad_x, *others
 
 
 def _compute_once(gradients: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
@@ -340,8 +332,27 @@ def sru_layer(
         return _reference(u, x, prepared.options) if prepared.call is None else _by_kernels(prepared, u, x)
     v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
     x = None if same or x is None else x.contiguous().resolve_neg()
+    if not prepared.call.options.save_c:  # a node of autograd costs more than the launch of a kernel
+        return _layer_without_gradients(prepared.call, v if same else x, v, weight, *prepared.tensors)
     h, c_n = _Layer.apply(prepared.call, same, v, weight, x, *prepared.tensors)  # type: ignore[no-untyped-call]
     return h, c_n
+
+
+def _layer_without_gradients(
+    call: _Call, x: Tensor | None, v: Tensor, weight: Tensor, *tensors: Any
+) -> tuple[Tensor, Tensor]:
+    if call.kernels is cpu_kernels:
+        bias, weight_c, c_0, mask_c, valid = tensors
+        return cpu_kernels.layer_forward(
+            call.options, v, weight, x, bias, weight_c, c_0, mask_c, valid, call.scale_x, call.L, call.B, call.D
+        )
+    h, c_n, _ = call.forward(_project(call, v, weight), x, *tensors)
+    return h, c_n
+
+
+def _project(call: _Call, v: Tensor, weight: Tensor) -> Tensor:
+    u = products.product(v.view(-1, v.shape[-1]), weight)
+    return u.view(*v.shape[:-1], call.D, call.options.parts, call.H)
 
 
 class _Prepared(NamedTuple):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import cpu_intrinsics, recurrence
 from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, prefer_wide_vectors, prefetch, store
+from .products import product
 from .recurrence import (
     LENGTHS,
     MASK,
@@ -542,7 +543,7 @@ def layer_forward(
 
     def run(first: int, end: int, first_direction: int, directions: int, u: Tensor) -> None:
         columns = slice(first_direction * part, (first_direction + directions) * part)
-        torch.mm(v[first * rows : end * rows], weight[columns].t(), out=u)
+        u = product(v[first * rows : end * rows], weight[columns], out=u)
         launch = Launch(first, end, L, B, D, H, first_direction, directions)
         others = [_address(a) for a in (x, bias, weight_c, mask_c, valid, c_n, h)]
         u_of_step_0 = u.data_ptr() - first * rows * directions * part * u.element_size()

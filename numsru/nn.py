@@ -16,6 +16,7 @@ from . import cpu_kernels
 from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
 from .backend import may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
+from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
 
 
@@ -218,7 +219,7 @@ class _SRUBase(nn.Module):
             weight, bias = getattr(self, f"weight_l{i}"), getattr(self, f"bias_l{i}")
             weight_c = getattr(self, f"weight_c_l{i}") if self.version == 2 else None
             skip = (SKIP_PROJECTED if self._parts(i) == 4 else SKIP_INPUT) if self.highway else NO_SKIP
-            u = F.linear(x, weight)
+            u = product(x, weight)
             if bias is None:
                 bias = u.new_zeros(2, self.hidden_size)
             kernel = cpu_kernels.step_kernel(self.version, self.nonlinearity, skip, x.dtype)

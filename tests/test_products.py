@@ -1,0 +1,108 @@
+"""The routes of the matrix products: which one is taken, and that both compute the same."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import numsru
+from numsru import products
+
+ROUTES = {"torch": False, "convolution": True}
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    """Both routes, on any processor; the name of the one, and how often a convolution was called."""
+    monkeypatch.setattr(products, "_convolutions_are_faster", lambda: ROUTES[request.param])
+    monkeypatch.setattr(products, "_FEWEST_MULTIPLICATIONS", 1)
+    calls, convolve = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args: calls.append(args) or convolve(*args))
+    return request.param, calls
+
+
+@pytest.mark.parametrize("size", [(37, 16, 24), (1, 5, 3), (64, 1, 1)], ids=str)
+@pytest.mark.parametrize("has_also", [True, False])
+def test_products_and_gradients_match_float64(route, size, has_also):
+    n, k, m = size
+    v, weight, grad, also = torch.randn(n, k), torch.randn(m, k), torch.randn(n, m), torch.randn(n, k)
+    exact = [a.double() for a in (v, weight, grad, also)]
+    assert_close(products.product(v, weight), exact[0] @ exact[1].t())
+    grad_v, grad_weight = products.gradients(grad, v, weight, also if has_also else None, True, True)
+    assert_close(grad_v, exact[2] @ exact[1] + (exact[3] if has_also else 0))
+    assert_close(grad_weight, exact[2].t() @ exact[0])
+    assert len(route[1]) == ROUTES[route[0]]
+
+
+def assert_close(a, exact):
+    assert a.is_contiguous()
+    torch.testing.assert_close(a.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(("v_needs_it", "weight_needs_it"), [(True, False), (False, True), (False, False)])
+def test_only_the_gradients_that_are_needed_are_computed(route, v_needs_it, weight_needs_it):
+    v, weight, grad = torch.randn(9, 4), torch.randn(6, 4), torch.randn(9, 6)
+    grads = products.gradients(grad, v, weight, None, v_needs_it, weight_needs_it)
+    assert [a is not None for a in grads] == [v_needs_it, weight_needs_it]
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"rnn_dropout": 0.5}, {"version": 2}], ids=str)
+def test_layers_are_the_same_by_both_routes(monkeypatch, options):
+    torch.manual_seed(0)
+    rnn, x = numsru.SRU(12, 12, 2, **options), torch.randn(9, 5, 12, requires_grad=True)
+    found = []
+    monkeypatch.setattr(products, "_FEWEST_MULTIPLICATIONS", 1)
+    for by_convolution in ROUTES.values():
+        monkeypatch.setattr(products, "_convolutions_are_faster", lambda chosen=by_convolution: chosen)
+        torch.manual_seed(1)
+        output, c_n = rnn(x)
+        grads = torch.autograd.grad(
+            [output, c_n], [x, *rnn.parameters()], [torch.ones_like(output), torch.ones_like(c_n)]
+        )
+        with torch.no_grad():
+            found.append([output, c_n, *grads, *rnn.eval()(x)])
+        rnn.train()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "faster"),
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+    ],
+)
+def test_route_depends_on_the_processor(monkeypatch, processor, capability, faster):
+    monkeypatch.setattr(products.Path, "read_text", lambda *args, **kwargs: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products._convolutions_are_faster.__wrapped__() == (faster and torch.backends.mkldnn.is_available())
+
+
+def test_processor_is_asked_for_where_there_is_no_cpuinfo(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(products.Path, "read_text", missing)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 26 Model 68, AuthenticAMD")
+    assert products._convolutions_are_faster.__wrapped__() == torch.backends.mkldnn.is_available()
+
+
+def test_torchs_product_is_taken_where_it_is_as_fast(monkeypatch):
+    monkeypatch.setattr(products, "_convolutions_are_faster", lambda: True)
+    v, weight = torch.randn(1000, 50), torch.randn(10, 50)
+    assert products._by_convolution(v, weight)
+    assert not products._by_convolution(v[:999], weight)  # few multiplications
+    assert not products._by_convolution(v.double(), weight.double())
+    assert not products._by_convolution(v.bfloat16(), weight.bfloat16())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not products._by_convolution(v, weight)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    monkeypatch.setattr(torch.backends, "mkldnn", types.SimpleNamespace(enabled=False))
+    assert not products._by_convolution(v, weight)
