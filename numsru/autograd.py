@@ -69,7 +69,25 @@ class _Call(NamedTuple):
 
 
 class _Recurrence(torch.autograd.Function):
-    """In the form that `torch.func` asks for, which costs a little more than that of `_Layer`."""
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
+        mask_c: Tensor | None, valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        h, c_n, c = call.forward(u, x, bias, weight_c, c_0, mask_c, valid)
+        ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c, c_0)
+        ctx.call = call
+        return h, c_n
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = _compute_once(_recurrence_gradients, ctx.call, *ctx.saved_tensors, grad_h, grad_c_n)
+        needed = ctx.needs_input_grad[1:6]
+        return None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
+
+
+class _TransformedRecurrence(torch.autograd.Function):
+    """`_Recurrence` in the form that `torch.func` asks for, which costs five times as much a call."""
 
     @staticmethod
     def forward(
@@ -88,15 +106,11 @@ class _Recurrence(torch.autograd.Function):
             ctx.mark_non_differentiable(c)
         ctx.save_for_backward(u, x, bias, weight_c, mask_c, valid, c, c_0)
 
-    @staticmethod
-    def backward(ctx: Any, grad_h: Tensor, grad_c_n: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grads = _compute_once(_recurrence_gradients, ctx.call, *ctx.saved_tensors, grad_h, grad_c_n)
-        needed = ctx.needs_input_grad[1:6]
-        return None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
+    backward = _Recurrence.backward
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _one_after_the_other(_Recurrence, info.batch_size, in_dims, args)
+        return _one_after_the_other(_TransformedRecurrence, info.batch_size, in_dims, args)
 
 
 def _one_after_the_other(
@@ -332,7 +346,7 @@ def sru_layer(
         return _reference(u, x, prepared.options) if prepared.call is None else _by_kernels(prepared, u, x)
     v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
     x = None if same or x is None else x.contiguous().resolve_neg()
-    if not prepared.call.options.save_c:  # a node of autograd costs more than the launch of a kernel
+    if not prepared.call.options.save_c:
         return _layer_without_gradients(prepared.call, v if same else x, v, weight, *prepared.tensors)
     h, c_n = _Layer.apply(prepared.call, same, v, weight, x, *prepared.tensors)  # type: ignore[no-untyped-call]
     return h, c_n
@@ -357,7 +371,7 @@ def _project(call: _Call, v: Tensor, weight: Tensor) -> Tensor:
 
 class _Prepared(NamedTuple):
     call: _Call | None  # None where the reference is to compute it
-    tensors: tuple[Tensor | None, ...]  # bias, weight_c, c_0, mask_c and valid, as kernels take them
+    tensors: tuple[Any, ...]  # bias, weight_c, c_0, mask_c and valid, as kernels take them
     options: dict[str, Any]  # the same for the reference
 
 
@@ -377,9 +391,14 @@ def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tenso
         h, c_n, _ = torch.ops.numsru.recurrence(
             u, x, bias, c_0, weight_c, mask_c, valid, call.scale_x, o.nonlinearity, o.placement, o.padding, o.save_c
         )
-    else:
-        u, x = u.contiguous().resolve_neg(), None if x is None else x.contiguous().resolve_neg()
-        h, c_n, _ = _Recurrence.apply(call, u, x, *tensors)  # type: ignore[no-untyped-call]
+        return h, c_n
+    u, x = u.contiguous().resolve_neg(), None if x is None else x.contiguous().resolve_neg()
+    if is_transformed():
+        h, c_n, _ = _TransformedRecurrence.apply(call, u, x, *tensors)  # type: ignore[no-untyped-call]
+    elif call.options.save_c:
+        h, c_n = _Recurrence.apply(call, u, x, *tensors)  # type: ignore[no-untyped-call]
+    else:  # a node of autograd costs more than the launch of a kernel
+        h, c_n, _ = call.forward(u, x, *tensors)
     return h, c_n
 
 
@@ -439,7 +458,11 @@ def _prepare(
     )
     if bias is None:
         bias = torch.zeros(D, 2, H, dtype=state, device=device)
-    tensors = (None if a is None else a.to(state).contiguous().resolve_neg() for a in (bias, weight_c, c_0, mask_c))
+    tensors = (
+        a if a is None or (a.dtype == state and a.is_contiguous() and not a.is_neg())
+        else a.to(state).contiguous().resolve_neg()
+        for a in (bias, weight_c, c_0, mask_c)
+    )  # fmt: skip
     valid = None if valid is None else valid.contiguous()
     return _Prepared(_Call(kernels, compiled, float(scale_x), L, B, D, H, look), (*tensors, valid), {})
 

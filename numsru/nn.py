@@ -411,6 +411,8 @@ class SRU(_SRUBase):
     ) -> tuple[Tensor, Tensor]:
         """x is (L, B, in), mask_pad (L, B)."""
         L, B, _ = x.shape
+        if lengths is None and mask_pad is None:
+            return self._forward_layers(x, B, c_0, Padding())
         on_host = next((a for a in (lengths, mask_pad) if a is not None and is_on_host(a)), None)
         device = x.device if on_host is None else on_host.device
         check_padding(lengths, mask_pad, L, B, device, look=may_look(x))
@@ -448,8 +450,8 @@ class SRU(_SRUBase):
         final = []
         for i in range(n):
             x, c = self._layer(i, x, B, states[i], padding)
-            final.append(c.view(B, D, H).transpose(0, 1))
-        return x, torch.cat(final)
+            final.append(c.unsqueeze(0) if D == 1 else c.view(B, D, H).transpose(0, 1))
+        return x, final[0] if n == 1 else torch.cat(final)
 
 
 class SRUCell(_SRUBase):
