@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_kernels, operators, products, reference
+from . import cpu_kernels, operators, reference
 from .backend import check_not_traced, is_transformed, may_look, uses_operators, uses_reference
 from .backend import kernels_for as _kernels
 from .operators import check_lengths, check_rise
+from .products import product, product_gradients
 from .recurrence import (
     DROPOUT_PLACEMENTS,
     LENGTHS,
@@ -168,7 +169,7 @@ def _layer_gradients(
         u, v if highway_is_v else x, bias, weight_c, mask_c, valid, c, grad_h, grad_c_n
     )
     rows = v.view(-1, v.shape[-1])
-    grad_v, grad_weight = products.gradients(
+    grad_v, grad_weight = product_gradients(
         grad_u.view(-1, weight.shape[0]), rows, weight,
         grad_x.view(rows.shape) if highway_is_v and grad_x is not None else None, v_needs_it, weight_needs_it,
     )  # fmt: skip
@@ -365,7 +366,7 @@ def _layer_without_gradients(
 
 
 def _project(call: _Call, v: Tensor, weight: Tensor) -> Tensor:
-    u = products.product(v.view(-1, v.shape[-1]), weight)
+    u = product(v.view(-1, v.shape[-1]), weight)
     return u.view(*v.shape[:-1], call.D, call.options.parts, call.H)
 
 

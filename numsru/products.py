@@ -24,7 +24,7 @@ def product(v: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     return F.linear(v, weight) if out is None else torch.mm(v, weight.t(), out=out)
 
 
-def gradients(
+def product_gradients(
     grad: Tensor, v: Tensor, weight: Tensor, also: Tensor | None, v_needs_it: bool, weight_needs_it: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of v and weight from that of their product, `(n, m)`.

@@ -29,7 +29,7 @@ def test_products_and_gradients_match_float64(route, size, has_also):
     v, weight, grad, also = torch.randn(n, k), torch.randn(m, k), torch.randn(n, m), torch.randn(n, k)
     exact = [a.double() for a in (v, weight, grad, also)]
     assert_close(products.product(v, weight), exact[0] @ exact[1].t())
-    grad_v, grad_weight = products.gradients(grad, v, weight, also if has_also else None, True, True)
+    grad_v, grad_weight = products.product_gradients(grad, v, weight, also if has_also else None, True, True)
     assert_close(grad_v, exact[2] @ exact[1] + (exact[3] if has_also else 0))
     assert_close(grad_weight, exact[2].t() @ exact[0])
     assert len(route[1]) == ROUTES[route[0]]
@@ -43,7 +43,7 @@ def assert_close(a, exact):
 @pytest.mark.parametrize(("v_needs_it", "weight_needs_it"), [(True, False), (False, True), (False, False)])
 def test_only_the_gradients_that_are_needed_are_computed(route, v_needs_it, weight_needs_it):
     v, weight, grad = torch.randn(9, 4), torch.randn(6, 4), torch.randn(9, 6)
-    grads = products.gradients(grad, v, weight, None, v_needs_it, weight_needs_it)
+    grads = products.product_gradients(grad, v, weight, None, v_needs_it, weight_needs_it)
     assert [a is not None for a in grads] == [v_needs_it, weight_needs_it]
 
 
