@@ -119,8 +119,9 @@ def _link(compiled, cc, kind, **options):
 
 
 @functools.cache
-def _ptx(compiled, cc):
-    return _link(compiled, cc, "ptx", ptx=True)[0].decode()
+def _ptx(compiled):
+    # The capability whose code differs most from the emulator's tests, which run that of 9.0.
+    return _link(compiled, (7, 5), "ptx", ptx=True)[0].decode()
 
 
 @functools.cache
@@ -146,21 +147,19 @@ def test_kernel_fits_into_registers(make_kernel, options, tile, dtype, stage, cc
 
 
 @needs_compiler
-@capabilities
 @passes
 @kernels(COMPILED)
-def test_kernel_calls_nothing(make_kernel, options, tile, dtype, stage, cc):
-    ptx = _ptx((make_kernel, options, tile, dtype, stage), cc)
+def test_kernel_calls_nothing(make_kernel, options, tile, dtype, stage):
+    ptx = _ptx((make_kernel, options, tile, dtype, stage))
     assert ".entry" in ptx
     assert not re.search(r"\bcall\b", ptx)
 
 
 @needs_compiler
-@capabilities
 @passes
 @kernels([c for c in COMPILED if c[2] != float64])
-def test_float32_kernel_has_no_float64_instruction(make_kernel, options, tile, dtype, stage, cc):
-    assert ".f64" not in _ptx((make_kernel, options, tile, dtype, stage), cc)
+def test_float32_kernel_has_no_float64_instruction(make_kernel, options, tile, dtype, stage):
+    assert ".f64" not in _ptx((make_kernel, options, tile, dtype, stage))
 
 
 @pytest.mark.parametrize("error", [NvvmSupportError, DynamicLibNotFoundError])
