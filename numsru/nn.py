@@ -458,9 +458,12 @@ class SRUCell(_SRUBase):
     r"""One step of a one-layer SRU: `h, c = cell(x, c)`. Its parameters are those of a one-layer :class:`SRU`.
 
     Args:
-        input_size, hidden_size, bias, nonlinearity, highway, highway_bias, rescale, version, layer_norm,
-            projection_size, rnn_dropout, device, dtype: As for :class:`SRU`. With `rnn_dropout`, every call draws a
-            new mask.
+        input_size: Features of the input.
+        hidden_size: Units, H.
+        bias: Whether the gates have a bias.
+        rnn_dropout: Probability of dropping a feature of the matrix product's input. Every call draws a new mask.
+        nonlinearity, highway, highway_bias, rescale, version: As for :class:`SRU`.
+        layer_norm, projection_size, device, dtype: As for :class:`SRU`.
 
     Inputs: `input, c=None`
         - **input**: `(B, input_size)` or `(input_size,)`.

@@ -1,13 +1,25 @@
-"""Every Python snippet of the documentation runs, each after those above it on its page."""
+"""Every Python snippet of the documentation runs, and what its pages say of the source is so."""
 
+import ast
+import importlib
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import numsru
+import numsru.compat
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+SIMULATED = [DOCS / "kernels_cuda.md"]  # run with NUMBA_ENABLE_CUDASIM=1, in a process of their own
+MODULES = sorted((ROOT / "numsru").glob("*.py"))
 
 
 def snippets(page):
@@ -19,7 +31,14 @@ def snippets(page):
     ]
 
 
-SNIPPETS = [(page, i, line + 1) for page in PAGES for i, (line, _) in enumerate(snippets(page))]
+def padded(line, text):
+    """A snippet in which lines have the numbers that they have on the page."""
+    return "\n" * line + text
+
+
+SNIPPETS = [
+    (page, i, line + 1) for page in PAGES if page not in SIMULATED for i, (line, _) in enumerate(snippets(page))
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +47,106 @@ def namespaces():
     return {page: [{"__name__": page.stem}, 0] for page in PAGES}
 
 
+@pytest.fixture
+def as_torchrun(monkeypatch):
+    """The environment that torchrun gives to the only process of a program."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.mark.parametrize(("page", "i"), [(p, i) for p, i, _ in SNIPPETS], ids=[f"{p.name}:{n}" for p, _, n in SNIPPETS])
-def test_snippet_runs(page, i, namespaces, tmp_path, monkeypatch):
+def test_snippet_runs(page, i, namespaces, as_torchrun, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace, done = namespaces[page]
     for line, text in snippets(page)[done : i + 1]:
-        exec(compile("\n" * line + text, page, "exec"), namespace)
+        exec(compile(padded(line, text), page, "exec"), namespace)
         namespaces[page][1] += 1
 
 
-def test_migrating_page_has_snippets():
-    assert len(snippets(ROOT / "docs" / "migrating.md")) > 10
+@pytest.mark.parametrize("page", SIMULATED, ids=lambda page: page.name)
+def test_page_runs_in_the_simulator(page):
+    try:
+        importlib.import_module("numba.cuda")
+    except Exception as error:
+        pytest.skip(f"numba.cuda cannot be imported: {error}")
+    code = (
+        f"for text in {[padded(*snippet) for snippet in snippets(page)]!r}: exec(compile(text, {str(page)!r}, 'exec'))"
+    )
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(Path(numsru.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["migrating", "guide", "kernels", "kernels_cuda", "quickstart", "what_is_sru"])
+def test_page_has_snippets(name):
+    assert snippets(DOCS / f"{name}.md")
+
+
+def raised_messages():
+    """What each `raise` and each note of the source says, with `…` for what is filled in: message to where."""
+    found = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            if isinstance(node, ast.Raise) or getattr(call.func, "attr", None) == "add_note":
+                text = call.args[0]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                message = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+                found.setdefault(re.sub("…+", "…", message), f"{path.name}:{node.lineno}")
+    return found
+
+
+def explained_messages():
+    """The messages that docs/troubleshooting.md lists."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return {match[2] for match in re.finditer(r"^- (`+) ?(.+?) ?\1\\$", text, re.MULTILINE)}
+
+
+RAISED = raised_messages()
+
+
+@pytest.mark.parametrize("message", RAISED, ids=RAISED.values())
+def test_error_message_is_explained(message):
+    for_any_argument = re.sub(r"^\w+ must", "… must", message)
+    assert {message, for_any_argument} & explained_messages(), f"docs/troubleshooting.md lacks: {message}"
+
+
+def test_no_error_message_is_explained_that_nobody_raises():
+    assert len(explained_messages()) > 50
+    assert explained_messages() <= RAISED.keys()
+
+
+NAMED = sorted(
+    {
+        (page.name, module, name)
+        for page in (DOCS / "kernels.md", DOCS / "kernels_cuda.md")
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", page.read_text(encoding="utf-8"))
+        if (ROOT / "numsru" / f"{module}.py").exists()
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "module", "name"), NAMED, ids=[f"{p}:{m}.{n}" for p, m, n in NAMED])
+def test_name_in_the_source_exists(page, module, name):
+    tree = ast.parse((ROOT / "numsru" / f"{module}.py").read_text(encoding="utf-8"))
+    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            defined |= {a.id for target in node.targets for a in ast.walk(target) if isinstance(a, ast.Name)}
+    assert name in defined
+
+
+PUBLIC = [*(f"numsru.{name}" for name in numsru.__all__), *(f"numsru.compat.{name}" for name in numsru.compat.__all__)]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_in_the_reference(name):
+    assert re.search(
+        rf"^\.\. auto\w+:: {re.escape(name)}$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
