@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numsru
 
-project, author, version = "numsru", "the authors of numsru", numsru.__version__
+project, author, version = "numsru", "the numsru developers", numsru.__version__
 release = version
-project_copyright = author  # type: ignore[assignment]
+project_copyright = author
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
@@ -26,7 +26,6 @@ templates_path = ["_templates"]
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_use_legacy_class_based = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 add_module_names = False

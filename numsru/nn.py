@@ -330,6 +330,8 @@ class SRU(_SRUBase):
         ValueError: For shapes, sizes and options that do not fit; TypeError for types. The message gives what was
             expected and what came.
 
+    Source: arXiv:1709.02755v1 (version 1) and arXiv:1709.02755v5 (version 2).
+
     Example:
         >>> rnn = numsru.SRU(10, 20, num_layers=2)
         >>> output, c_n = rnn(torch.randn(5, 3, 10))
@@ -471,6 +473,11 @@ class SRUCell(_SRUBase):
 
     Outputs: `h, c`
         - **h**, **c**: output and state after the step, `(B, H)` or `(H,)`.
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types.
+
+    Source: As for :class:`SRU`.
 
     Example:
         >>> cell, c = numsru.SRUCell(10, 20), None

@@ -1,7 +1,9 @@
 """Every Python snippet of the documentation runs, and what its pages say of the source is so."""
 
 import ast
+import doctest
 import importlib
+import inspect
 import os
 import re
 import socket
@@ -150,3 +152,47 @@ def test_public_name_is_in_the_reference(name):
     assert re.search(
         rf"^\.\. auto\w+:: {re.escape(name)}$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE
     )
+
+
+def public(name):
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+DOCUMENTED = [*PUBLIC, "numsru.reference.sru_recurrence"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstring_names_every_argument(name):
+    documented = public(name)
+    functions = [documented.__init__, documented.forward] if inspect.isclass(documented) else [documented]
+    names = {parameter for f in functions for parameter in inspect.signature(f).parameters} - {"self"}
+    doc = inspect.getdoc(documented)
+    assert not {parameter for parameter in names if not re.search(rf"\b{parameter}\b", doc)}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstring_says_what_is_raised(name):
+    assert re.search(r"^Raises:\n    \w+Error: ", inspect.getdoc(public(name)), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if name != "numsru.warmup"])
+def test_docstring_gives_its_source(name):
+    assert "\nSource:" in inspect.getdoc(public(name))
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_examples_of_the_docstring_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(numsru.compat.SRU(128, 256).state_dict(), "sru.pt")  # what one of them loads
+    names = {"torch": torch, "numsru": numsru, name.rpartition(".")[2]: public(name)}
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    for example in finder.find(public(name), name, globs=names):
+        runner.run(example)
+    assert not runner.failures
+    if name.count(".") == 1:
+        assert runner.tries, f"{name} has no example"
+
+
+def test_citation_is_of_this_version():
+    assert f"\nversion: {numsru.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
