@@ -90,16 +90,29 @@ def test_page_has_snippets(name):
 
 def raised_messages():
     """What each `raise` and each note of the source says, with `…` for what is filled in: message to where."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+    constants = {}  # texts that have a name
+    for tree in trees.values():
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                constants |= {target.id: node.value.value for target in node.targets}
+
+    def text_of(part):
+        part = part.value if isinstance(part, ast.FormattedValue) else part
+        name = getattr(part, "id", None) or getattr(part, "attr", None)  # operators.ONCE is an attribute
+        text = constants.get(name) if name else getattr(part, "value", None)
+        return text if isinstance(text, str) else "…"
+
     found = {}
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
             if not isinstance(call, ast.Call) or not call.args:
                 continue
             if isinstance(node, ast.Raise) or getattr(call.func, "attr", None) == "add_note":
                 text = call.args[0]
                 parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-                message = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+                message = "".join(map(text_of, parts))
                 found.setdefault(re.sub("…+", "…", message), f"{path.name}:{node.lineno}")
     return found
 
@@ -176,7 +189,7 @@ def test_docstring_says_what_is_raised(name):
     assert re.search(r"^Raises:\n    \w+Error: ", inspect.getdoc(public(name)), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTED if name != "numsru.warmup"])
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if name not in ("numsru.warmup", "numsru.use_backend")])
 def test_docstring_gives_its_source(name):
     assert "\nSource:" in inspect.getdoc(public(name))
 
