@@ -36,12 +36,17 @@ def _versions() -> Iterator[tuple[str, str]]:
         yield package, _attempt(metadata.version, package)
 
 
-def _attempt(probe: Callable[..., str], *args: str) -> str:
+def _attempt(probe: Callable[..., str], *args: str | int) -> str:
     """What a probe finds, or how it failed: a report has to come out of a broken installation too."""
     try:
         return probe(*args)
     except Exception as error:
-        return f"not found ({type(error).__name__}: {' '.join(str(error).split())})"
+        return f"not found ({_describe(error)})"
+
+
+def _describe(error: Exception) -> str:
+    """The error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _processor() -> str:
@@ -73,14 +78,18 @@ def _library(name: str) -> str:
 def _devices() -> list[tuple[torch.device, str]]:
     """Each device that torch can use, and its name."""
     devices = [(torch.device("cpu"), _processor())]
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        capability, gib = f"{properties.major}.{properties.minor}", properties.total_memory / 2**30
-        devices.append((torch.device("cuda", i), f"{properties.name}, compute capability {capability}, {gib:.0f} GiB"))
+    devices += [(torch.device("cuda", i), _attempt(_gpu, i)) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append((torch.device("mps"), "Metal"))
-    devices += [(torch.device("xpu", i), torch.xpu.get_device_name(i)) for i in range(torch.xpu.device_count())]
+    devices += [
+        (torch.device("xpu", i), _attempt(torch.xpu.get_device_name, i)) for i in range(torch.xpu.device_count())
+    ]
     return devices
+
+
+def _gpu(i: int) -> str:
+    gpu = torch.cuda.get_device_properties(i)
+    return f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
 
 
 def _check(device: torch.device) -> str:
@@ -134,7 +143,7 @@ def main() -> int:
         try:
             problem = _check(device)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = _describe(error)
         seconds = time.perf_counter() - start
         show(f"check {device}", f"{f'failed: {problem}' if problem else 'ok'} ({backend}; {seconds:.1f} s)")
         failed += bool(problem)

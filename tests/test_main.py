@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import numba
 import pytest
@@ -82,6 +83,39 @@ def test_a_backend_that_raises_fails_the_check(run, monkeypatch):
     status, lines = run()
     assert status == 1
     assert lines["check cpu"].startswith("failed: OSError: no memory for code (Numba kernels for the CPU")
+
+
+def gpu(i):
+    return SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 * 2**30)
+
+
+def driver_too_old(i):
+    raise RuntimeError("the driver is too old")
+
+
+def to_a_device_that_is_not_there(a, *args, to=torch.Tensor.to, **options):
+    if "device" in options and options["device"].type == "cuda":
+        raise RuntimeError("no such device")
+    return to(a, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("properties", "shown"),
+    [
+        (gpu, "A GPU, compute capability 9.0, 80 GiB"),
+        (driver_too_old, "not found (RuntimeError: the driver is too old)"),
+    ],
+    ids=["named", "broken"],
+)
+def test_a_gpu_that_cannot_be_used_fails_its_check(run, monkeypatch, properties, shown):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.Tensor, "to", to_a_device_that_is_not_there)
+    status, lines = run()
+    assert status == 1
+    assert lines["cuda:0"] == shown
+    assert lines["check cuda:0"].startswith("failed: RuntimeError: no such device (Numba kernels for CUDA")
+    assert lines["check cpu"].startswith("ok")
 
 
 def test_devices_without_kernels_run_the_reference(run, monkeypatch):
