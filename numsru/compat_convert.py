@@ -82,10 +82,13 @@ def convert_state_dict(
         ValueError: For keys that belong to no format, for sizes that disagree or have to be given, and for what the
             target cannot hold. The message names the key.
 
+    Source: The layouts are those of the files that the package's releases write.
+
     Example:
         >>> official = torch.load("sru.pt")
         >>> rnn = numsru.SRU(128, 256, num_layers=2, version=2, dropout_placement="highway")
         >>> rnn.load_state_dict(numsru.compat.convert_state_dict(official, to="numsru"))
+        <All keys matched successfully>
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, got {to!r}")

@@ -156,14 +156,19 @@ class SRU(Stack):
     r"""Multi-layer SRU, in the place of `sru.SRU` of 2.6.0: same arguments in the same order, results and state dict.
 
     Args:
+        input_size: Features of the input.
+        hidden_size: Units of each direction, H.
         num_layers: Layers, each reading the output of the one before.
+        dropout: As for :class:`SRUCell`, in all layers but the last.
         projection_size: As `n_proj` of :class:`SRUCell`; a list has one for each layer.
         nn_rnn_compatible_return: Return the states as `(num_layers*D, B, H)`, as `torch.nn.GRU` does.
         custom_m: One module for each layer, or one of which every layer gets a copy with new parameters.
         proj_input_to_hidden_first: A matrix takes the input to the size of the output, where they differ.
-        n_proj: The name of `projection_size` up to 2.1.
-
-    The other arguments are those of :class:`SRUCell`, applied to each layer; `dropout` to all but the last.
+        rnn_dropout, bidirectional, use_tanh, layer_norm, highway_bias, has_skip_term, rescale, v1: As for
+            :class:`SRUCell`, in each layer.
+        amp_recurrence_fp16, normalize_after, weight_c_init: As for :class:`SRUCell`.
+        n_proj, transform_module: Other releases' names of `projection_size` and `custom_m`.
+        use_relu, use_selu, is_input_normalized, weight_norm: As for :class:`SRUCell`.
 
     Inputs: `input, c0=None, mask_pad=None`
         - **input**: `(L, B, input_size)`, `(B, input_size)` for one step, or a `PackedSequence`.
@@ -177,6 +182,11 @@ class SRU(Stack):
         - **c**: final states, `(num_layers, B, D*H)`.
 
     `load_state_dict` also takes checkpoints of 1.x and 3.0-dev.
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types.
+
+    Source: arXiv:1709.02755v5; dropout as in `sru` 2.3.3 and later.
 
     Example:
         >>> rnn = SRU(128, 256, num_layers=2, bidirectional=True)

@@ -25,7 +25,16 @@ class SRUppProjectedLinear(nn.Module):
         dropout: Of the vectors before the last product.
         layer_norm: Whether there is a LayerNorm.
 
-    `forward` takes the arguments of :class:`SRUppAttention` and ignores all but the first.
+    Inputs: `input, mask_pad=None, attn_mask=None, memory=None, memory_mask_pad=None`
+        - **input**: `(L, B, in_features)`.
+        - **mask_pad**, **attn_mask**, **memory**, **memory_mask_pad**: as for :class:`SRUppAttention`; ignored.
+
+    Outputs: `U`, `(L, B, out_features)`.
+
+    Raises:
+        RuntimeError: By torch, for another number of features.
+
+    Source: Tao Lei, "When Attention Meets Fast Recurrence", arXiv:2102.12459, section 3.
     """
 
     def __init__(
@@ -88,6 +97,8 @@ class SRUppAttention(nn.Module):
         - **attn_mask**: added to the attention's logits, `(L, M + L)`; if bool, True forbids.
         - **memory**: `(M, B, in_features)`, put in front of the input for k and v.
         - **memory_mask_pad**: True at padding of the memory, `(M, B)`.
+
+    Outputs: `U`, `(L, B, out_features)`.
 
     Raises:
         ValueError: If shapes disagree, or `num_heads` does not divide `proj_features`.
@@ -170,13 +181,23 @@ class SRUppCell(SRUCell):
 
     Args:
         transform_module: Computes U; :class:`SRUppAttention`, :class:`SRUppProjectedLinear`, or a module that takes the
-            same keywords.
-
-    The other arguments are those of :class:`SRUCell`, in the order of 3.0-dev and with its defaults.
+            same keywords. There is no default.
+        input_size, hidden_size, dropout, rnn_dropout, bidirectional, projection_size, highway_bias, layer_norm: As for
+            :class:`SRUCell`.
+        normalize_after, rescale, has_skip_term, use_tanh, v1, amp_recurrence_fp16, weight_c_init: As for
+            :class:`SRUCell`, with the defaults of 3.0-dev.
 
     Inputs: `input, c0=None, mask_pad=None, attn_mask=None, memory=None, memory_mask_pad=None`
         - **input**, **c0**, **mask_pad**: as for :class:`SRUCell`.
-        - the others: as for :class:`SRUppAttention`. `layer_norm` does not normalise the memory.
+        - **attn_mask**, **memory**, **memory_mask_pad**: as for :class:`SRUppAttention`. `layer_norm` does not
+          normalise the memory.
+
+    Outputs: `h, c`, as for :class:`SRUCell`.
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types.
+
+    Source: Tao Lei, "When Attention Meets Fast Recurrence", arXiv:2102.12459.
     """
 
     def __init__(
@@ -237,6 +258,7 @@ class SRUpp(Stack):
     An SRU (version 2) whose matrix product is low-rank with attention inside (:class:`SRUppAttention`).
 
     Args:
+        input_size, hidden_size, num_layers, bidirectional: As for :class:`SRU`.
         proj_size: Inner size of each product, that of the attention.
         dropout: As for :class:`SRU`, and of the vectors before each layer's last product.
         attn_dropout: Of the attention weights.
@@ -245,8 +267,8 @@ class SRUpp(Stack):
         attn_layer_norm: Whether the products have a LayerNorm inside.
         attention_every_n_layers: Attention in the last of every n layers only.
         attention_last_n_layers: Attention in the last n layers only. -1: as `attention_every_n_layers` says.
-
-    The other arguments are those of :class:`SRU`.
+        highway_bias, rescale, nn_rnn_compatible_return, proj_input_to_hidden_first, weight_c_init: As for
+            :class:`SRU`.
 
     Inputs: `input, c0=None, mask_pad=None, attn_mask=None, memory=None, memory_mask_pad=None`
         - **input**, **c0**, **mask_pad**: as for :class:`SRU`.
@@ -257,6 +279,9 @@ class SRUpp(Stack):
     Outputs: `h, c, {"saved_inputs": [...]}`
         - **h**, **c**: as for :class:`SRU`.
         - **saved_inputs**: the input of every layer, `(L, B, in)`, not detached.
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types.
 
     Source: Tao Lei, "When Attention Meets Fast Recurrence", arXiv:2102.12459.
     """

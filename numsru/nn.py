@@ -330,6 +330,8 @@ class SRU(_SRUBase):
         ValueError: For shapes, sizes and options that do not fit; TypeError for types. The message gives what was
             expected and what came.
 
+    Source: arXiv:1709.02755v1 (version 1) and arXiv:1709.02755v5 (version 2).
+
     Example:
         >>> rnn = numsru.SRU(10, 20, num_layers=2)
         >>> output, c_n = rnn(torch.randn(5, 3, 10))
@@ -458,9 +460,12 @@ class SRUCell(_SRUBase):
     r"""One step of a one-layer SRU: `h, c = cell(x, c)`. Its parameters are those of a one-layer :class:`SRU`.
 
     Args:
-        input_size, hidden_size, bias, nonlinearity, highway, highway_bias, rescale, version, layer_norm,
-            projection_size, rnn_dropout, device, dtype: As for :class:`SRU`. With `rnn_dropout`, every call draws a
-            new mask.
+        input_size: Features of the input.
+        hidden_size: Units, H.
+        bias: Whether the gates have a bias.
+        rnn_dropout: Probability of dropping a feature of the matrix product's input. Every call draws a new mask.
+        nonlinearity, highway, highway_bias, rescale, version: As for :class:`SRU`.
+        layer_norm, projection_size, device, dtype: As for :class:`SRU`.
 
     Inputs: `input, c=None`
         - **input**: `(B, input_size)` or `(input_size,)`.
@@ -468,6 +473,11 @@ class SRUCell(_SRUBase):
 
     Outputs: `h, c`
         - **h**, **c**: output and state after the step, `(B, H)` or `(H,)`.
+
+    Raises:
+        ValueError: For shapes, sizes and options that do not fit; TypeError for types.
+
+    Source: As for :class:`SRU`.
 
     Example:
         >>> cell, c = numsru.SRUCell(10, 20), None

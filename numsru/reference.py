@@ -62,8 +62,11 @@ def sru_recurrence(
     Returns:
         `h`, shape `(L, B, D*H)`, and `c_n`, shape `(B, D*H)`: the state after the last step that each direction takes.
 
+    Raises:
+        RuntimeError: By torch, for shapes that do not fit. Arguments are not checked.
+
     Note: Any device; computed in the dtype of the arguments throughout. Twice differentiable in every floating
-    argument. Arguments are not checked.
+    argument.
 
     Source: Version 1: Lei and Zhang, "Training RNNs as Fast as CNNs", arXiv:1709.02755v1. Version 2: Lei et al.,
     "Simple Recurrent Units for Highly Parallelizable Recurrence", arXiv:1709.02755v5. Placement "highway", `scale_x`

@@ -27,6 +27,9 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
             `numsru.SRU` needs on the CPU for float32, without options other than `version` and padding.
         args, kwargs: Arguments of such a call.
 
+    Raises:
+        TypeError: For arguments without a module. What the module itself raises passes through.
+
     Example:
         >>> rnn = numsru.SRU(10, 20)
         >>> numsru.warmup(rnn, torch.randn(5, 3, 10))
