@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     import sentence_data
     import torch
+    from classifier_model import Classifier, Convolution, Recurrent
     from matplotlib.figure import Figure
     from safetensors import torch as safetensors
     from sentence_data import Examples, InputError
     from sklearn.datasets import load_digits
-    from torch import Tensor, nn
-    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+    from torch import nn
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
     print(
@@ -55,6 +56,14 @@ class Task:
     embedding: nn.Module
     vocabulary: list[str]
 
+    def digest(self) -> int:
+        """A checksum of the training and development examples."""
+        crc = 0
+        for examples in (self.train, self.dev):
+            for values in (*examples.sequences, examples.labels):
+                crc = zlib.crc32(values.numpy(), crc)
+        return crc
+
 
 def load_digit_rows(args: argparse.Namespace) -> Task:
     """Handwritten digits, each a sequence of 8 rows of 8 pixels."""
@@ -71,7 +80,7 @@ def load_sentences(args: argparse.Namespace) -> Task:
         raise InputError(f"{args.dataset} has a test split of its own: leave --fold out")
     splits = sentence_data.load(args.dataset, args.data_dir, args.fold)
     vocabulary = sentence_data.build_vocabulary(splits[0].sentences[: args.limit])
-    embedding = nn.Embedding(len(vocabulary), args.embed, padding_idx=sentence_data.PADDING)
+    embedding = nn.Embedding(len(vocabulary), args.embed, padding_idx=sentence_data.PADDING, sparse=args.sparse)
     nn.init.normal_(embedding.weight, std=0.1).data[sentence_data.PADDING] = 0.0
 
     def numbers(split: sentence_data.Split) -> Examples:
@@ -82,62 +91,8 @@ def load_sentences(args: argparse.Namespace) -> Task:
     return Task(train.first(args.limit), dev, test, corpus.classes, embedding, list(vocabulary))
 
 
-class Recurrent(nn.Module):
-    """SRU, LSTM or GRU behind the interface of all encoders: x `(L, B, in)`, lengths `(B,)` to `(L, B, out)`."""
-
-    def __init__(self, kind: str, input_size: int, hidden_size: int, layers: int, dropout: float) -> None:
-        super().__init__()
-        self.kind = kind
-        self.output_size = hidden_size
-        # Dropout acts between layers; torch warns about it where there is only one.
-        between = dropout if layers > 1 else 0.0
-        self.rnn = recurrent_class(kind)(input_size, hidden_size, num_layers=layers, dropout=between)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        if self.kind == "sru":
-            return self.rnn(x, lengths=lengths)[0]
-        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
-        return pad_packed_sequence(self.rnn(packed)[0])[0]
-
-
-def recurrent_class(kind: str) -> Callable[..., nn.Module]:
-    if kind != "sru":
-        return {"lstm": nn.LSTM, "gru": nn.GRU}[kind]
-    try:
-        from numsru import SRU
-    except ModuleNotFoundError as missing:
-        raise InputError(f"no module {missing.name}: run `pip install -e .` in the folder above examples") from None
-    return SRU
-
-
-class Convolution(nn.Module):
-    """Convolutions of widths 3, 4 and 5, each with `hidden_size` maps, over a step and those before it."""
-
-    def __init__(self, input_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.output_size = 3 * hidden_size
-        self.maps = nn.ModuleList(nn.Conv1d(input_size, hidden_size, width, padding=width - 1) for width in (3, 4, 5))
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        channels = x.permute(1, 2, 0)
-        return torch.cat([maps(channels)[:, :, : len(x)] for maps in self.maps], dim=1).relu().permute(2, 0, 1)
-
-
-class Classifier(nn.Module):
-    """Class scores `(B, classes)` of padded sequences `(L, B)` or `(L, B, features)` and their lengths `(B,)`."""
-
-    def __init__(self, embedding: nn.Module, encoder: Recurrent | Convolution, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(encoder.output_size, classes)
-
-    def forward(self, sequences: Tensor, lengths: Tensor) -> Tensor:
-        steps = self.encoder(self.dropout(self.embedding(sequences)), lengths)
-        padding = torch.arange(len(steps), device=steps.device)[:, None] >= lengths
-        pooled = steps.masked_fill(padding[:, :, None], -math.inf).amax(0)
-        return self.output(self.dropout(pooled))
+def load_task(args: argparse.Namespace) -> Task:
+    return load_digit_rows(args) if args.dataset == "digits" else load_sentences(args)
 
 
 def build_model(task: Task, args: argparse.Namespace) -> Classifier:
@@ -145,60 +100,76 @@ def build_model(task: Task, args: argparse.Namespace) -> Classifier:
     if args.encoder == "cnn":
         encoder = Convolution(args.embed, args.hidden)
     else:
-        encoder = Recurrent(args.encoder, args.embed, args.hidden, args.layers, args.dropout)
+        encoder = Recurrent(args.encoder, args.embed, args.hidden, args.layers, args.dropout, args.sru_version)
     return Classifier(task.embedding, encoder, task.classes, args.dropout)
 
 
 class Run:
-    """One training run: the model, its numbers so far, and the files in `--out`."""
+    """One training run: the model, its numbers so far, and the files in `--out`.
+
+    The checkpoint is written first at the end of an epoch and holds everything: the other files follow from it. So a
+    process may be killed at any moment; the epoch that it was in is trained again from the same random states.
+    """
 
     def __init__(self, task: Task, args: argparse.Namespace) -> None:
         self.task, self.args = task, args
         self.device = choose_device(args.device)
         self.model = build_model(task, args).to(self.device)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        # fused: one pass over the parameters, several times faster where most of them are a large embedding.
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
+        self.optimizers = build_optimizers(self.model, args)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.out = Path(args.out or f"runs/{args.dataset}-{args.encoder}")
         self.weights = self.out / "weights.safetensors"
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.configuration = configuration(args) | {"device": str(self.device), "data": task.digest()}
         self.best_epoch, self.best_dev_accuracy = 0, -1.0
+        self.best_weights: dict[str, torch.Tensor] = {}
         self.test_accuracy: float | None = None
         self.epochs: list[dict[str, Any]] = []
 
     def train(self) -> None:
         """Train until the last epoch, or until the development accuracy has stopped rising; save the best weights."""
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.args.resume and self.checkpoint.exists():
+            self.restore()
+        else:
+            self.refuse_to_overwrite()
+            self.keep_if_best(0, self.accuracy(self.task.dev))
         write(self.out / "vocabulary.json", json.dumps(self.task.vocabulary))
-        self.save(0, self.accuracy(self.task.dev))
-        for epoch in range(1, self.args.epochs + 1):
-            started = time.perf_counter()
+        self.save()
+        while len(self.epochs) < self.args.epochs and len(self.epochs) - self.best_epoch < self.args.patience:
+            epoch = len(self.epochs) + 1
+            started, cpu_started = time.perf_counter(), time.process_time()
             loss, accuracy = self.train_epoch(epoch)
+            train_seconds = time.process_time() - cpu_started
             dev = self.accuracy(self.task.dev)
             seconds = round(time.perf_counter() - started, 3)
-            names = ("epoch", "train_loss", "train_accuracy", "dev_accuracy", "seconds")
-            self.epochs.append(dict(zip(names, (epoch, loss, accuracy, dev, seconds), strict=True)))
-            self.save(epoch, dev)
+            names = ("epoch", "train_loss", "train_accuracy", "dev_accuracy", "seconds", "train_cpu_seconds")
+            values = (epoch, loss, accuracy, dev, seconds, round(train_seconds, 3))
+            self.epochs.append(dict(zip(names, values, strict=True)))
+            self.keep_if_best(epoch, dev)
+            self.save()
             line = f"epoch {epoch:2}: loss {loss:.4f}, accuracy {accuracy:.4f}, dev accuracy {dev:.4f}, {seconds:.1f} s"
             print(line, flush=True)
-            if epoch - self.best_epoch >= self.args.patience:
-                break
 
     def train_epoch(self, epoch: int) -> tuple[float, float]:
         """Mean loss and accuracy over the training examples, each measured just before the model learns from it."""
         self.model.train()
         total, correct, seen = 0.0, 0, 0
         batches = self.task.train.batches(self.args.batch_size, self.generator)
+        clipped = [p for group in self.optimizers[0].param_groups for p in group["params"]]
         # disable=None: no bar where nobody watches, so that log files stay readable.
         with tqdm(batches, f"epoch {epoch}", leave=False, disable=None, unit="batch") as progress:
             for indices in progress:
                 sequences, lengths, labels = self.task.train.batch(indices, self.device)
                 scores = self.model(sequences, lengths)
                 loss = nn.functional.cross_entropy(scores, labels)
-                self.optimizer.zero_grad()
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-                self.optimizer.step()
+                nn.utils.clip_grad_norm_(clipped, self.args.clip)
+                for optimizer in self.optimizers:
+                    optimizer.step()
                 total += loss.item() * len(labels)
                 correct += int((scores.argmax(1) == labels).sum())
                 seen += len(labels)
@@ -216,22 +187,59 @@ class Run:
 
     def finish(self) -> float:
         """Accuracy of the best weights on the test split."""
-        self.model.load_state_dict(safetensors.load(self.weights.read_bytes()))
+        self.model.load_state_dict(self.best_weights)
         self.test_accuracy = self.accuracy(self.task.test)
         self.save_metrics()
         self.draw()
         return self.test_accuracy
 
-    def save(self, epoch: int, dev_accuracy: float) -> None:
-        """Save the numbers so far and, if none were better, the weights."""
+    def keep_if_best(self, epoch: int, dev_accuracy: float) -> None:
         if dev_accuracy > self.best_dev_accuracy:
-            write(self.weights, safetensors.save(self.model.state_dict()))
             self.best_epoch, self.best_dev_accuracy = epoch, dev_accuracy
+            self.best_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def save(self) -> None:
+        """Save all that a run needs to go on after this epoch, then the files that are made from it."""
+        state = {name: getattr(self, name) for name in ("configuration", *PROGRESS)}
+        state["model"] = self.model.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state["random"] = [torch.get_rng_state(), self.generator.get_state()]
+        if self.device.type == "cuda":
+            state["random"].append(torch.cuda.get_rng_state(self.device))
+        if self.epochs:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(self.checkpoint, buffer.getbuffer())
+        write(self.weights, safetensors.save(self.best_weights))
         self.save_metrics()
 
+    def restore(self) -> None:
+        """Go on where the checkpoint was written, if the run there has the same configuration."""
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        difference = difference_of(state["configuration"], self.configuration)
+        if difference:
+            raise InputError(f"{self.out} holds a run with {difference}: resume with its arguments, or change --out")
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        torch.set_rng_state(state["random"][0].cpu())
+        self.generator.set_state(state["random"][1].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"][2].cpu(), self.device)
+        print(f"resumed after epoch {len(self.epochs)}", flush=True)
+
+    def refuse_to_overwrite(self) -> None:
+        """Of a run that was cut off, hours of work may be left: do not start anew on top of it."""
+        if self.checkpoint.exists() and not is_finished(self.out):
+            raise InputError(f"{self.out} holds an unfinished run: add --resume, change --out, or delete the folder")
+        self.checkpoint.unlink(missing_ok=True)
+
     def save_metrics(self) -> None:
-        names = ("device", "parameters", "best_epoch", "best_dev_accuracy", "test_accuracy", "epochs")
-        metrics = {"arguments": vars(self.args), "versions": versions()} | {name: getattr(self, name) for name in names}
+        names = ("configuration", "parameters", *PROGRESS[:2], "test_accuracy", "epochs")
+        metrics = {name: getattr(self, name) for name in names}
+        metrics |= {"arguments": vars(self.args), "versions": versions(), "device": self.device}
         # default=str: paths and the device.
         write(self.out / "metrics.json", json.dumps(metrics, indent=2, default=str))
 
@@ -251,7 +259,47 @@ class Run:
         write(self.out / "curves.png", picture.getvalue())
 
 
-def write(path: Path, data: str | bytes) -> None:
+# What a run knows of its past, apart from the states of the model, the optimisers and the random generators.
+PROGRESS = ("best_epoch", "best_dev_accuracy", "epochs", "best_weights")
+
+# Arguments that do not change what an epoch computes; the device and the data are compared as such.
+FREE = ("out", "resume", "epochs", "patience", "tensorboard", "data_dir", "device")
+
+
+def configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that have to be the same where a run is resumed, as JSON has them."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in FREE}
+
+
+def difference_of(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What two configurations differ in, in words; empty if nothing."""
+    names = [name for name in {**wanted, **recorded} if recorded.get(name) != wanted.get(name)]
+    if names == ["data"]:
+        return "other data"
+    return ", ".join(f"{name} {recorded.get(name)}, not {wanted.get(name)}" for name in names if name != "data")
+
+
+def is_finished(out: Path) -> bool:
+    metrics = out / "metrics.json"
+    return metrics.exists() and json.loads(metrics.read_text())["test_accuracy"] is not None
+
+
+def build_optimizers(model: Classifier, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """One optimiser; with `--sparse` a second one, for the embedding."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    rest: list[torch.optim.Optimizer] = []
+    if args.sparse:
+        weights = [p for p in weights if p is not model.embedding.weight]
+        rest = [torch.optim.SparseAdam([model.embedding.weight], lr=args.lr)]
+    # fused: one pass over the parameters, several times faster where most of them are a large embedding.
+    options: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    if args.optimizer == "sgd":
+        return [torch.optim.SGD(weights, momentum=args.momentum, **options), *rest]
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return [kind(weights, **options), *rest]
+
+
+def write(path: Path, data: str | bytes | memoryview) -> None:
     """Write another file, then rename it to `path`, so that there is never half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -304,6 +352,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=["sru", "lstm", "gru", "cnn"], default="sru", help="what reads the vectors [%(default)s]")
     add("--layers", type=positive, default=2, metavar="N", help="layers of sru, lstm or gru [%(default)s]")
+    add("--sru-version", type=int, choices=[1, 2], default=1, help="equations of sru, of its first or second paper [1]")
     text = "size of the encoder's state; in the cnn, maps of each of the widths 3, 4 and 5 [%(default)s]"
     add("--hidden", type=positive, default=128, metavar="N", help=text)
     add("--embed", type=positive, default=300, metavar="N", help="size of the embedding [%(default)s]")
@@ -315,8 +364,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "stop after N epochs without a better accuracy on the development split [%(default)s]"
     add("--patience", type=positive, default=20, metavar="N", help=text)
     add("--batch-size", type=positive, default=32, metavar="N", help="sequences per step [%(default)s]")
-    add("--lr", type=within(float, 0, math.inf), default=1e-3, help="learning rate of Adam [%(default)s]")
+    add("--optimizer", choices=["adam", "adamw", "sgd"], default="adam", help="[%(default)s]")
+    add("--lr", type=within(float, 0, math.inf), default=1e-3, help="learning rate [%(default)s]")
+    add("--momentum", type=within(float, 0, 1), default=0.9, metavar="M", help="momentum of sgd [%(default)s]")
+    add("--weight-decay", type=within(float, 0, math.inf), default=0.0, metavar="W", help="[%(default)s]")
+    text = "update the vectors of the words in a batch only, by SparseAdam without clipping or weight decay: faster"
+    add("--sparse", action="store_true", help=text)
     add("--clip", type=within(float, 0, math.inf), default=5.0, help="largest norm of the gradient [%(default)s]")
+    text = "go on with the unfinished run in --out, if there is one, as if it had never been interrupted"
+    add("--resume", action="store_true", help=text)
     add("--seed", type=within(int, 0, 2**63 - 1), default=0, help="same seed, same result [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda if there is one, otherwise cpu]")
     text = "folder for weights.safetensors, vocabulary.json, metrics.json and curves.png [runs/DATASET-ENCODER]"
@@ -324,13 +380,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dropout is None:
         args.dropout = 0.3 if args.dataset == "digits" else 0.5
+    if args.sparse and args.dataset == "digits":
+        parser.error("--sparse is for words: digits have no embedding")
     return args
 
 
 def train(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
-    task = load_digit_rows(args) if args.dataset == "digits" else load_sentences(args)
+    task = load_task(args)
     run = Run(task, args)
     sizes = [len(part.labels) for part in (task.train, task.dev, task.test)]
     print(f"{args.dataset}: {sizes[0]} train, {sizes[1]} dev and {sizes[2]} test examples of {task.classes} classes")
