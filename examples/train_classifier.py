@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import platform
 import sys
 import time
 import zlib
@@ -30,8 +29,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     import sentence_data
     import torch
+    import word_vectors
     from classifier_model import Classifier, Convolution, Recurrent
-    from matplotlib.figure import Figure
+    from run_files import configuration, difference_of, draw_curves, is_finished, open_tensorboard, versions, write
     from safetensors import torch as safetensors
     from sentence_data import Examples, InputError
     from sklearn.datasets import load_digits
@@ -47,13 +47,19 @@ except ModuleNotFoundError as missing:
 
 @dataclass
 class Task:
-    """The three splits of a data set, its number of classes, and the layer that makes its elements vectors."""
+    """The three splits of a data set, its number of classes, and the layer that makes its elements vectors.
+
+    Args:
+        embed: Size of those vectors.
+        vocabulary: The words, in the order of the embedding's rows.
+    """
 
     train: Examples
     dev: Examples
     test: Examples
     classes: int
     embedding: nn.Module
+    embed: int
     vocabulary: list[str]
 
     def digest(self) -> int:
@@ -71,7 +77,7 @@ def load_digit_rows(args: argparse.Namespace) -> Task:
     rows = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 8, 8)
     parts = sentence_data.fold_indices(labels, 10, args.fold)
     train, dev, test = (Examples(list(rows[part]), torch.tensor(labels[part])) for part in parts)
-    return Task(train.first(args.limit), dev, test, 10, nn.Linear(8, args.embed), vocabulary=[])
+    return Task(train.first(args.limit), dev, test, 10, nn.Linear(8, args.embed), args.embed, vocabulary=[])
 
 
 def load_sentences(args: argparse.Namespace) -> Task:
@@ -80,15 +86,35 @@ def load_sentences(args: argparse.Namespace) -> Task:
         raise InputError(f"{args.dataset} has a test split of its own: leave --fold out")
     splits = sentence_data.load(args.dataset, args.data_dir, args.fold)
     vocabulary = sentence_data.build_vocabulary(splits[0].sentences[: args.limit])
-    embedding = nn.Embedding(len(vocabulary), args.embed, padding_idx=sentence_data.PADDING, sparse=args.sparse)
-    nn.init.normal_(embedding.weight, std=0.1).data[sentence_data.PADDING] = 0.0
+    embedding = build_embedding(vocabulary, args)
 
     def numbers(split: sentence_data.Split) -> Examples:
         encoded = [torch.tensor(sentence_data.encode(sentence, vocabulary)) for sentence in split.sentences]
         return Examples(encoded, torch.tensor(split.labels))
 
     train, dev, test = map(numbers, splits)
-    return Task(train.first(args.limit), dev, test, corpus.classes, embedding, list(vocabulary))
+    return Task(
+        train.first(args.limit), dev, test, corpus.classes, embedding, embedding.embedding_dim, list(vocabulary)
+    )
+
+
+def build_embedding(vocabulary: dict[str, int], args: argparse.Namespace) -> nn.Embedding:
+    """Random vectors, and in place of them those of the words that `--vectors` has."""
+    size = args.embed
+    if args.vectors:
+        rows, vectors = word_vectors.load(args.vectors, args.vectors_name)
+        size = vectors.shape[1]
+        if args.embed not in (None, size):
+            raise InputError(f"{args.vectors} has vectors of size {size}: leave --embed {args.embed} out")
+    embedding = nn.Embedding(len(vocabulary), size, padding_idx=sentence_data.PADDING, sparse=args.sparse)
+    nn.init.normal_(embedding.weight, std=0.1).data[sentence_data.PADDING] = 0.0
+    if args.vectors:
+        found = {row: rows[word] for word, row in vocabulary.items() if word in rows}
+        chosen = torch.from_numpy(vectors[list(found.values())])
+        embedding.weight.data[list(found)] = chosen
+        print(f"{args.vectors}: vectors of size {size} for {len(found):,} of {len(vocabulary):,} words")
+    embedding.weight.requires_grad_(not args.freeze)
+    return embedding
 
 
 def load_task(args: argparse.Namespace) -> Task:
@@ -98,9 +124,9 @@ def load_task(args: argparse.Namespace) -> Task:
 def build_model(task: Task, args: argparse.Namespace) -> Classifier:
     encoder: Recurrent | Convolution
     if args.encoder == "cnn":
-        encoder = Convolution(args.embed, args.hidden)
+        encoder = Convolution(task.embed, args.hidden)
     else:
-        encoder = Recurrent(args.encoder, args.embed, args.hidden, args.layers, args.dropout, args.sru_version)
+        encoder = Recurrent(args.encoder, task.embed, args.hidden, args.layers, args.dropout, args.sru_version)
     return Classifier(task.embedding, encoder, task.classes, args.dropout)
 
 
@@ -136,7 +162,8 @@ class Run:
             self.refuse_to_overwrite()
             self.keep_if_best(0, self.accuracy(self.task.dev))
         write(self.out / "vocabulary.json", json.dumps(self.task.vocabulary))
-        self.save()
+        self.save_outputs()
+        board = open_tensorboard(self.out, len(self.epochs) + 1) if self.args.tensorboard else None
         while len(self.epochs) < self.args.epochs and len(self.epochs) - self.best_epoch < self.args.patience:
             epoch = len(self.epochs) + 1
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -148,6 +175,10 @@ class Run:
             values = (epoch, loss, accuracy, dev, seconds, round(train_seconds, 3))
             self.epochs.append(dict(zip(names, values, strict=True)))
             self.keep_if_best(epoch, dev)
+            if board:
+                for name in names[1:]:
+                    board.add_scalar(name, self.epochs[-1][name], epoch)
+                board.flush()
             self.save()
             line = f"epoch {epoch:2}: loss {loss:.4f}, accuracy {accuracy:.4f}, dev accuracy {dev:.4f}, {seconds:.1f} s"
             print(line, flush=True)
@@ -175,6 +206,7 @@ class Run:
                 seen += len(labels)
                 progress.set_postfix(loss=f"{total / seen:.4f}", accuracy=f"{correct / seen:.4f}", refresh=False)
         if not math.isfinite(total):
+            self.checkpoint.unlink(missing_ok=True)  # nothing to go on with
             raise InputError(f"the loss became {total} in epoch {epoch}: try a smaller --lr")
         return total / seen, correct / seen
 
@@ -189,8 +221,8 @@ class Run:
         """Accuracy of the best weights on the test split."""
         self.model.load_state_dict(self.best_weights)
         self.test_accuracy = self.accuracy(self.task.test)
-        self.save_metrics()
-        self.draw()
+        self.save_outputs()
+        draw_curves(self.out / "curves.png", self.epochs)
         return self.test_accuracy
 
     def keep_if_best(self, epoch: int, dev_accuracy: float) -> None:
@@ -199,19 +231,17 @@ class Run:
             self.best_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def save(self) -> None:
-        """Save all that a run needs to go on after this epoch, then the files that are made from it."""
+        """Save all that the run needs to go on after this epoch, then the files that are made from it."""
         state = {name: getattr(self, name) for name in ("configuration", *PROGRESS)}
         state["model"] = self.model.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         state["random"] = [torch.get_rng_state(), self.generator.get_state()]
         if self.device.type == "cuda":
             state["random"].append(torch.cuda.get_rng_state(self.device))
-        if self.epochs:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write(self.checkpoint, buffer.getbuffer())
-        write(self.weights, safetensors.save(self.best_weights))
-        self.save_metrics()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(self.checkpoint, buffer.getbuffer())
+        self.save_outputs()
 
     def restore(self) -> None:
         """Go on where the checkpoint was written, if the run there has the same configuration."""
@@ -236,52 +266,17 @@ class Run:
             raise InputError(f"{self.out} holds an unfinished run: add --resume, change --out, or delete the folder")
         self.checkpoint.unlink(missing_ok=True)
 
-    def save_metrics(self) -> None:
+    def save_outputs(self) -> None:
+        write(self.weights, safetensors.save(self.best_weights))
         names = ("configuration", "parameters", *PROGRESS[:2], "test_accuracy", "epochs")
         metrics = {name: getattr(self, name) for name in names}
         metrics |= {"arguments": vars(self.args), "versions": versions(), "device": self.device}
         # default=str: paths and the device.
         write(self.out / "metrics.json", json.dumps(metrics, indent=2, default=str))
 
-    def draw(self) -> None:
-        """Save the learning curves as a picture with two panels."""
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for axes, name in ((left, "train_loss"), (right, "train_accuracy"), (right, "dev_accuracy")):
-            values = [record[name] for record in self.epochs]
-            axes.plot(range(1, len(values) + 1), values, marker=".", label=name.replace("_", " "))
-        for axes, quantity in ((left, "loss"), (right, "accuracy")):
-            axes.set(xlabel="epoch", ylabel=quantity)
-            axes.legend()
-        # A figure made without pyplot is drawn by Agg, which needs no display.
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        write(self.out / "curves.png", picture.getvalue())
-
 
 # What a run knows of its past, apart from the states of the model, the optimisers and the random generators.
 PROGRESS = ("best_epoch", "best_dev_accuracy", "epochs", "best_weights")
-
-# Arguments that do not change what an epoch computes; the device and the data are compared as such.
-FREE = ("out", "resume", "epochs", "patience", "tensorboard", "data_dir", "device")
-
-
-def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that have to be the same where a run is resumed, as JSON has them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in FREE}
-
-
-def difference_of(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What two configurations differ in, in words; empty if nothing."""
-    names = [name for name in {**wanted, **recorded} if recorded.get(name) != wanted.get(name)]
-    if names == ["data"]:
-        return "other data"
-    return ", ".join(f"{name} {recorded.get(name)}, not {wanted.get(name)}" for name in names if name != "data")
-
-
-def is_finished(out: Path) -> bool:
-    metrics = out / "metrics.json"
-    return metrics.exists() and json.loads(metrics.read_text())["test_accuracy"] is not None
 
 
 def build_optimizers(model: Classifier, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -297,21 +292,6 @@ def build_optimizers(model: Classifier, args: argparse.Namespace) -> list[torch.
         return [torch.optim.SGD(weights, momentum=args.momentum, **options), *rest]
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return [kind(weights, **options), *rest]
-
-
-def write(path: Path, data: str | bytes | memoryview) -> None:
-    """Write another file, then rename it to `path`, so that there is never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    used = [sys.modules[name] for name in ("numpy", "sklearn", "torch", "numba", "numsru") if name in sys.modules]
-    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in used}}
 
 
 def choose_device(name: str) -> torch.device:
@@ -355,7 +335,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sru-version", type=int, choices=[1, 2], default=1, help="equations of sru, of its first or second paper [1]")
     text = "size of the encoder's state; in the cnn, maps of each of the widths 3, 4 and 5 [%(default)s]"
     add("--hidden", type=positive, default=128, metavar="N", help=text)
-    add("--embed", type=positive, default=300, metavar="N", help="size of the embedding [%(default)s]")
+    add("--embed", type=positive, metavar="N", help="size of the embedding [that of the vectors; without them: 300]")
+    text = "pretrained word vectors: text of GloVe or word2vec, binary of word2vec (.bin, .bin.gz), or .npz [random]"
+    add("--vectors", type=Path, metavar="FILE", help=text)
+    add("--vectors-name", metavar="NAME", help="which vectors of an .npz file: its arrays words_NAME and vecs_NAME")
+    add("--freeze", action="store_true", help="do not train the embedding")
     text = "dropout probability after the embedding, between layers and before the classifier [0.5; digits: 0.3]"
     add("--dropout", type=within(float, 0, 0.99), metavar="P", help=text)
 
@@ -371,6 +355,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "update the vectors of the words in a batch only, by SparseAdam without clipping or weight decay: faster"
     add("--sparse", action="store_true", help=text)
     add("--clip", type=within(float, 0, math.inf), default=5.0, help="largest norm of the gradient [%(default)s]")
+    add("--tensorboard", action="store_true", help="write the curves for TensorBoard, too, to --out/tensorboard")
     text = "go on with the unfinished run in --out, if there is one, as if it had never been interrupted"
     add("--resume", action="store_true", help=text)
     add("--seed", type=within(int, 0, 2**63 - 1), default=0, help="same seed, same result [%(default)s]")
@@ -380,8 +365,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dropout is None:
         args.dropout = 0.3 if args.dataset == "digits" else 0.5
-    if args.sparse and args.dataset == "digits":
-        parser.error("--sparse is for words: digits have no embedding")
+    if args.dataset == "digits" and (args.sparse or args.vectors or args.freeze):
+        parser.error("--vectors, --freeze and --sparse are for words: choose a --dataset of sentences")
+    if args.sparse and args.freeze:
+        parser.error("--sparse trains the embedding, --freeze does not: leave one of them out")
+    if args.embed is None and not args.vectors:
+        args.embed = 300
     return args
 
 
@@ -399,8 +388,8 @@ def train(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if not run.epochs:
             raise
-        run.draw()
-        print(f"interrupted: the best weights, of epoch {run.best_epoch}, are in {run.weights}")
+        draw_curves(run.out / "curves.png", run.epochs)
+        print(f"interrupted (--resume goes on): the best weights, of epoch {run.best_epoch}, are in {run.weights}")
         return 130
     print(f"best: epoch {run.best_epoch}, dev accuracy {run.best_dev_accuracy:.4f}; written to {run.out}")
     print(f"test accuracy: {test_accuracy:.4f}")

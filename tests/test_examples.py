@@ -252,7 +252,7 @@ def test_padding_changes_nothing(encoder):
     args = train_classifier.parse_arguments(["--encoder", encoder, "--hidden", "8", "--embed", "8"])
     embedding = torch.nn.Embedding(5, 8, padding_idx=0)
     examples = train_classifier.Examples([], torch.tensor([]))
-    task = train_classifier.Task(examples, examples, examples, 2, embedding, [])
+    task = train_classifier.Task(examples, examples, examples, 2, embedding, 8, [])
     model = train_classifier.build_model(task, args).eval()
     short, long = torch.tensor([1, 2]), torch.tensor([3, 4, 1, 2, 2, 2, 2])
     padded = torch.nn.utils.rnn.pad_sequence([short, long])

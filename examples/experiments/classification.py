@@ -13,7 +13,6 @@ measures the training time per epoch, the encoders taking turns; do this while n
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -123,24 +122,27 @@ def run_all(jobs: list[Job], processes: int) -> Iterator[str]:
 
 
 def time_epochs(dataset: str, args: argparse.Namespace) -> None:
-    """Time one training epoch of every encoder after a first one, in turns; write the seconds of all rounds."""
+    """Time training epochs of every encoder, in turns, and add the seconds to those of earlier calls."""
     torch.set_num_threads(1)
     runs = {}
     for encoder in args.encoders:
         arguments = train_classifier.parse_arguments(Job(dataset, encoder, 0, recipe_of(args), args.runs).arguments())
         torch.manual_seed(0)
-        runs[encoder] = train_classifier.Run(train_classifier.load_task(arguments), arguments)
+        task = train_classifier.load_task(arguments)
+        run, examples = train_classifier.Run(task, arguments), task.train
+        # What is compiled and allocated on first use belongs to no epoch.
+        task.train = examples.first(20 * arguments.batch_size)
+        run.train_epoch(0)
+        task.train = examples
+        runs[encoder] = run
     seconds: dict[str, list[float]] = {encoder: [] for encoder in runs}
-    for _ in range(1 + args.rounds):
-        for encoder, timed in runs.items():
+    for _ in range(args.rounds):
+        for encoder, run in runs.items():
             started = time.perf_counter()
-            timed.train_epoch(1)
+            run.train_epoch(1)
             seconds[encoder].append(round(time.perf_counter() - started, 3))
-    # The first epoch compiles and allocates.
-    record = {"limit": args.limit, "seconds": {encoder: values[1:] for encoder, values in seconds.items()}}
-    (args.runs / dataset).mkdir(parents=True, exist_ok=True)
-    train_classifier.write(args.runs / dataset / "time.json", json.dumps(record, indent=2))
-    print(f"{dataset}: " + ", ".join(f"{name} {min(values[1:])} s" for name, values in seconds.items()), flush=True)
+    classification_report.add_times(args.runs / dataset / "time.json", recipe_of(args), seconds)
+    print(f"{dataset}: " + ", ".join(f"{name} {values} s" for name, values in seconds.items()), flush=True)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
