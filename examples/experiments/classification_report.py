@@ -207,7 +207,7 @@ def page(summary: dict[str, Any]) -> str:
     limit = f", {recipe['limit']} training examples" if recipe["limit"] else ""
     parts = [
         "# Sentence classification: SRU, LSTM and CNN",
-        f"Made by `examples/experiments/classification.py` on {summary['machine']}, one thread for each run; {versions}.",
+        f"Made by `examples/experiments/classification.py`, one thread a run, on {summary['machine']}; {versions}.",
         f"Recipe, the same for all: random word vectors of size {recipe['embed']}, {recipe['hidden']} units in a layer "
         f"(CNN: 100 maps of each of the widths 3, 4 and 5), dropout {recipe['dropout']}, {recipe['optimizer'].title()} "
         f"at {recipe['lr']}, word vectors by SparseAdam, batches of {recipe['batch_size']}, at most {recipe['epochs']} "
@@ -215,8 +215,8 @@ def page(summary: dict[str, Any]) -> str:
         f"{recipe['patience']} epochs after it. SRU-n: n layers, equations of the first paper; v2: of the second.",
         "## Accuracy",
         "Test accuracy in percent: mean ± standard deviation over the folds of ten-fold cross-validation or, on sets "
-        "with a given test split, over seeds. The last columns are published figures of CNNs with random word vectors; on "
-        "SST theirs are trained on phrases, too, which the others here are not.",
+        "with a given test split, over seeds. The last columns are published figures of CNNs with random word vectors; "
+        "on SST theirs are trained on phrases, too, which the others here are not.",
         table(["", *map(label, encoders), *PUBLISHED], accuracies),
         "Runs: " + ", ".join(f"{NAMES[d]} {' to '.join(map(str, n[:1] + n[1:][-1:]))}" for d, n in counts.items()) + "."
         + ("" if complete(sets) else " **Not all encoders have all runs yet**: compare with care."),
