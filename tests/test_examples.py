@@ -2,10 +2,14 @@
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,8 +24,11 @@ pytest.importorskip("tqdm")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import forking  # noqa: E402
+import numpy as np  # noqa: E402
 import sentence_data  # noqa: E402
 import train_classifier  # noqa: E402
+import word_vectors  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sentence_data import CORPORA, InputError  # noqa: E402
 
@@ -231,10 +238,11 @@ def test_digits_run_writes_its_files(capsys, tmp_path, encoder):
     assert metrics["arguments"]["encoder"] == encoder
     weights = load_file(tmp_path / "weights.safetensors")
     assert metrics["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    assert set(metrics["epochs"][0]) == {"epoch", "train_loss", "train_accuracy", "dev_accuracy", "seconds"}
+    names = {"epoch", "train_loss", "train_accuracy", "dev_accuracy", "seconds", "train_cpu_seconds"}
+    assert set(metrics["epochs"][0]) == names
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "curves.png", "metrics.json", "vocabulary.json", "weights.safetensors",
+        "checkpoint.pt", "curves.png", "metrics.json", "vocabulary.json", "weights.safetensors",
     ]  # fmt: skip
 
 
@@ -252,7 +260,7 @@ def test_padding_changes_nothing(encoder):
     args = train_classifier.parse_arguments(["--encoder", encoder, "--hidden", "8", "--embed", "8"])
     embedding = torch.nn.Embedding(5, 8, padding_idx=0)
     examples = train_classifier.Examples([], torch.tensor([]))
-    task = train_classifier.Task(examples, examples, examples, 2, embedding, [])
+    task = train_classifier.Task(examples, examples, examples, 2, embedding, 8, [])
     model = train_classifier.build_model(task, args).eval()
     short, long = torch.tensor([1, 2]), torch.tensor([3, 4, 1, 2, 2, 2, 2])
     padded = torch.nn.utils.rnn.pad_sequence([short, long])
@@ -284,6 +292,246 @@ def test_infinite_loss_is_one_line(capsys, tmp_path):
     assert "try a smaller --lr" in capsys.readouterr().err
 
 
+def figures_of(out: Path) -> tuple[dict, bytes]:
+    """All that a run found out, apart from how long it took, and its weights."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("arguments", "versions"):
+        del metrics[name]
+    for epoch in metrics["epochs"]:
+        del epoch["seconds"], epoch["train_cpu_seconds"]
+    return metrics, (out / "weights.safetensors").read_bytes()
+
+
+RESUMED = ["--hidden", "16", "--embed", "8", "--limit", "400", "--device", "cpu", "--patience", "4", "--lr", "0.003"]
+
+
+@pytest.fixture
+def one_thread():
+    """Several threads add in an order of their own: the last bits of two runs then differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork processes")
+@pytest.mark.parametrize("encoder", ["sru", "lstm"])
+def test_run_killed_ten_times_gives_the_figures_of_an_undisturbed_one(tmp_path, encoder):
+    argv = [*RESUMED, "--encoder", encoder, "--epochs", "60", "--patience", "60", "--resume", "--out"]
+    assert forking.finish(train_classifier.main, [*argv, str(tmp_path / "undisturbed")]) == 0
+    epochs = json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())["epochs"]
+    seconds = statistics.median(epoch["seconds"] for epoch in epochs)
+    moments, kills = random.Random(0), 0
+    metrics = tmp_path / "killed" / "metrics.json"
+    while kills < 10:
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        process = forking.start(train_classifier.main, [*argv, str(tmp_path / "killed")])
+        while not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+            assert process.is_alive(), "the run ended before it was killed ten times"
+            time.sleep(0.001)
+        # Before, in and after the first epochs of this process.
+        time.sleep(moments.uniform(0, 4 * seconds))
+        process.kill()
+        process.join()
+        kills += 1
+    assert 0 < len(json.loads(metrics.read_text())["epochs"]) < 60
+    assert forking.finish(train_classifier.main, [*argv, str(tmp_path / "killed")]) == 0
+    assert figures_of(tmp_path / "killed") == figures_of(tmp_path / "undisturbed")
+
+
+class Killed(BaseException):
+    """Takes the place of SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize(("writes", "optimizer"), [*((n, "adam") for n in range(15)), (8, "adamw"), (8, "sgd")])
+def test_run_that_ends_between_two_files_goes_on(monkeypatch, tmp_path, one_thread, writes, optimizer):
+    argv = [*RESUMED, "--encoder", "gru", "--epochs", "3", "--optimizer", optimizer]
+    assert train_classifier.main([*argv, "--out", str(tmp_path / "undisturbed")]) == 0
+    left = writes
+
+    def write(path: Path, data: str | bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        original(path, data)
+
+    original = train_classifier.write
+    with monkeypatch.context() as patched:
+        for module in (train_classifier, sys.modules["run_files"]):
+            patched.setattr(module, "write", write)
+        with pytest.raises(Killed):
+            train_classifier.main([*argv, "--out", str(tmp_path / "killed")])
+    assert train_classifier.main([*argv, "--resume", "--out", str(tmp_path / "killed")]) == 0
+    assert figures_of(tmp_path / "killed") == figures_of(tmp_path / "undisturbed")
+
+
+def test_sparse_run_resumes_to_the_last_bit(write, tmp_path, one_thread):
+    write("MR/rt-polarity.all", lines(2, 100))
+    argv = ["--dataset", "mr", "--data-dir", str(tmp_path), "--sparse", "--encoder", "lstm", *RESUMED]
+    assert train_classifier.main([*argv, "--epochs", "4", "--out", str(tmp_path / "whole")]) == 0
+    for epochs in ("2", "4"):
+        assert train_classifier.main([*argv, "--epochs", epochs, "--resume", "--out", str(tmp_path / "parts")]) == 0
+    assert figures_of(tmp_path / "parts") == figures_of(tmp_path / "whole")
+
+
+def test_finished_run_is_not_trained_again(capsys, monkeypatch, tmp_path):
+    argv = [*SMALL, "--encoder", "gru", "--out", str(tmp_path)]
+    assert train_classifier.main(argv) == 0
+    first = capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(train_classifier.Run, "train_epoch", None)
+    assert train_classifier.main([*argv, "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == first
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--hidden", "9"], "hidden 8, not 9"),
+        (["--encoder", "lstm", "--seed", "3"], "encoder gru, not lstm, seed 0, not 3"),
+        (["--fold", "1"], "fold 0, not 1"),
+    ],
+)
+def test_run_of_another_configuration_is_refused(capsys, tmp_path, changed, message):
+    argv = [*SMALL, "--encoder", "gru", "--out", str(tmp_path)]
+    assert train_classifier.main(argv) == 0
+    before = (tmp_path / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert train_classifier.main([*argv, "--resume", *changed]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
+def test_run_on_other_data_is_refused(capsys, write, tmp_path):
+    argv = ["--dataset", "mr", "--data-dir", str(tmp_path), *SMALL, "--encoder", "gru", "--out", str(tmp_path / "out")]
+    write("MR/rt-polarity.all", lines(2, 100))
+    assert train_classifier.main(argv) == 0
+    write("MR/rt-polarity.all", lines(2, 101))
+    assert train_classifier.main([*argv, "--resume"]) == 2
+    assert "other data" in capsys.readouterr().err
+
+
+def test_unfinished_run_is_not_overwritten(capsys, monkeypatch, tmp_path):
+    argv = [*SMALL, "--encoder", "gru", "--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(train_classifier.Run, "finish", lambda run: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train_classifier.main(argv)
+    capsys.readouterr()
+    assert train_classifier.main(argv) == 2
+    assert "add --resume" in capsys.readouterr().err
+    shutil.rmtree(tmp_path)
+    assert train_classifier.main(argv) == 0
+
+
+def test_tensorboard_counts_no_epoch_twice(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = [*SMALL, "--encoder", "gru", "--patience", "9", "--tensorboard", "--out", str(tmp_path)]
+    assert train_classifier.main([*argv, "--epochs", "2"]) == 0
+    checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
+    assert train_classifier.main([*argv, "--epochs", "3", "--resume"]) == 0
+    (tmp_path / "checkpoint.pt").write_bytes(checkpoint)
+    assert train_classifier.main([*argv, "--epochs", "4", "--resume"]) == 0
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    values = board.Scalars("dev_accuracy")
+    assert [value.step for value in values] == [1, 2, 3, 4]
+    epochs = json.loads((tmp_path / "metrics.json").read_text())["epochs"]
+    assert [value.value for value in values] == pytest.approx([epoch["dev_accuracy"] for epoch in epochs])
+
+
+def test_version_2_has_its_weights(tmp_path):
+    argv = [*SMALL, "--encoder", "sru", "--sru-version", "2", "--out", str(tmp_path)]
+    assert train_classifier.main(argv) == 0
+    assert "encoder.rnn.weight_c_l0" in load_file(tmp_path / "weights.safetensors")
+
+
+VECTORS = {"the": [1.0, 2.0, 3.0], "word0": [-1.0, 0.5, 0.25], "unheard": [9.0, 9.0, 9.0]}
+
+
+def text_vectors(header: bool) -> bytes:
+    rows = [" ".join([word, *map(str, numbers)]) for word, numbers in VECTORS.items()]
+    return "\n".join([*(["3 3"] if header else []), *rows, ""]).encode()
+
+
+def binary_vectors() -> bytes:
+    rows = [word.encode() + b" " + np.array(numbers, np.float32).tobytes() for word, numbers in VECTORS.items()]
+    return b"3 3\n" + b"".join(rows)
+
+
+def save_archive(path: Path) -> None:
+    vectors = np.array(list(VECTORS.values()), np.float16)
+    np.savez(path, words_small=np.array(list(VECTORS)), vecs_small=vectors, words_b=np.array(["a"]), vecs_b=vectors[:1])
+
+
+@pytest.mark.parametrize("kind", ["glove.txt", "word2vec.txt", "word2vec.bin", "subset.npz"])
+def test_pretrained_vectors_are_the_embedding(capsys, write, tmp_path, kind):
+    name = []
+    if kind == "subset.npz":
+        save_archive(tmp_path / kind)
+        name = ["--vectors-name", "small"]
+    else:
+        pytest.importorskip("gensim")
+        write(kind, binary_vectors() if kind == "word2vec.bin" else text_vectors(header=kind == "word2vec.txt"))
+    write("MR/rt-polarity.all", lines(2, 100))
+    argv = ["--dataset", "mr", "--data-dir", str(tmp_path), "--vectors", str(tmp_path / kind), *name, "--freeze"]
+    argv += ["--encoder", "gru", "--hidden", "8", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert train_classifier.main(argv) == 0
+    vocabulary = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
+    assert f"vectors of size 3 for 2 of {len(vocabulary)} words" in capsys.readouterr().out
+    embedding = load_file(tmp_path / "out" / "weights.safetensors")["embedding.weight"]
+    for word in ("the", "word0"):
+        assert embedding[vocabulary.index(word)].tolist() == VECTORS[word]
+    assert embedding[vocabulary.index("word1")].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("vectors.txt", b"", "has no word vectors"),
+        ("vectors.txt", b"the 1.0 2.0\nword 1.0\n", "cannot be read as word vectors"),
+        ("vectors.txt", "the 1.0 2.0\n".encode("utf-16"), "cannot be read as word vectors"),
+        ("vectors.bin", b"3 3\nthe", "cannot be read as word vectors"),
+        ("vectors.npz", b"nothing", "cannot be read as word vectors"),
+    ],
+)
+def test_bad_vectors_are_one_line(capsys, write, tmp_path, name, data, message):
+    pytest.importorskip("gensim")
+    write("MR/rt-polarity.all", lines(2, 100))
+    argv = ["--dataset", "mr", "--data-dir", tmp_path, "--vectors", write(name, data), "--vectors-name", "small"]
+    assert message in error_of(capsys, *argv)
+
+
+def test_missing_vectors_are_one_line(capsys, write, tmp_path):
+    write("MR/rt-polarity.all", lines(2, 100))
+    argv = ["--dataset", "mr", "--data-dir", tmp_path, "--vectors", tmp_path / "none.txt"]
+    assert "there is no file" in error_of(capsys, *argv)
+
+
+def test_archive_names_its_vectors(capsys, write, tmp_path):
+    write("MR/rt-polarity.all", lines(2, 100))
+    save_archive(tmp_path / "subset.npz")
+    argv = ["--dataset", "mr", "--data-dir", tmp_path, "--vectors", tmp_path / "subset.npz"]
+    assert "has the vectors small, b: choose with --vectors-name" in error_of(capsys, *argv)
+    assert "leave --embed 5 out" in error_of(capsys, *argv, "--vectors-name", "small", "--embed", "5")
+
+
+def test_missing_gensim_names_both_ways_out(capsys, monkeypatch, write, tmp_path):
+    monkeypatch.setitem(sys.modules, "gensim.models", None)
+    write("MR/rt-polarity.all", lines(2, 100))
+    argv = ["--dataset", "mr", "--data-dir", tmp_path, "--vectors", write("glove.txt", text_vectors(header=False))]
+    message = error_of(capsys, *argv)
+    assert "pip install gensim" in message
+    assert "leave --vectors out" in message
+
+
+def test_glove_subset_is_read(real_data):
+    rows, vectors = word_vectors.load(real_data / "glove_subset.npz", "6b_300d")
+    assert vectors.shape == (len(rows), 300)
+    assert {"good", "bad"} <= set(rows)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to a single process")
 def test_ctrl_c_leaves_the_best_weights(tmp_path):
     argv = [*SMALL, "--epochs", "100000", "--patience", "100000", "--encoder", "gru", "--out", str(tmp_path)]
@@ -295,7 +543,8 @@ def test_ctrl_c_leaves_the_best_weights(tmp_path):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == ""
-    assert re.fullmatch(r"interrupted: the best weights, of epoch \d+, are in .*", out.splitlines()[-1])
+    last = r"interrupted \(--resume goes on\): the best weights, of epoch \d+, are in .*"
+    assert re.fullmatch(last, out.splitlines()[-1])
     assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] is None
     assert load_file(tmp_path / "weights.safetensors")
     assert (tmp_path / "curves.png").exists()
