@@ -388,6 +388,11 @@ def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tenso
     call, tensors = prepared.call, prepared.tensors
     assert call is not None
     if uses_operators(u):
+        if is_transformed():
+            raise RuntimeError(
+                "torch.compile cannot compile a transform of torch.func around numsru's kernels. Leave it out, or call "
+                "the module inside numsru.use_backend('reference')"
+            )
         (bias, weight_c, c_0, mask_c, valid), o = tensors, call.options
         h, c_n, _ = torch.ops.numsru.recurrence(
             u, x, bias, c_0, weight_c, mask_c, valid, call.scale_x, o.nonlinearity, o.placement, o.padding, o.save_c

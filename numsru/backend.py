@@ -17,7 +17,8 @@ BACKENDS = ("auto", "reference")
 
 
 class _Chosen(threading.local):
-    name = "auto"
+    def __init__(self) -> None:  # called in every thread; torch.compile guards on the attribute of the instance
+        self.name = "auto"
 
 
 _chosen = _Chosen()  # not a ContextVar, which torch.compile cannot read

@@ -441,7 +441,8 @@ class SRU(_SRUBase):
         """All layers of x, (L, B, in) or (total_steps, in)."""
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        if len(x) == 1 and padding == Padding() and self._has_short_path(x[0], c_0):
+        one_step = not torch.compiler.is_compiling() and len(x) == 1  # no compiler may take L for a constant
+        if one_step and padding == Padding() and self._has_short_path(x[0], c_0):
             c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone(memory_format=torch.contiguous_format)
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
         states: Sequence[Tensor | None] = [None] * n
