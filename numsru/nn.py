@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
 from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
-from .backend import may_look, takes_shortcuts
+from .backend import INSTEAD_OF_TORCHSCRIPT, may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
@@ -245,6 +245,10 @@ class _SRUBase(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters need no flattening. For code written for `torch.nn.GRU`."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`."""
+        raise RuntimeError(f"numsru's modules cannot be compiled by torch.jit.script: {INSTEAD_OF_TORCHSCRIPT}")
 
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
@@ -513,5 +517,5 @@ class SRUCell(_SRUBase):
             c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone(memory_format=torch.contiguous_format)
             h = self._step(x, (c_n,))
             return (h, c_n) if batched else (h[0], c_n[0])
-        h, c_n = self._layer(0, x.unsqueeze(0), len(x), c, Padding())
+        h, c_n = self._layer(0, x.unsqueeze(0), x.shape[0], c, Padding())
         return (h[0], c_n) if batched else (h[0, 0], c_n[0])
