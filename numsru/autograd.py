@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_kernels, operators, reference
-from .backend import check_not_traced, is_transformed, may_look, uses_operators, uses_reference
+from .backend import check_not_traced, is_autocast, is_transformed, may_look, uses_operators, uses_reference
 from .backend import kernels_for as _kernels
 from .operators import check_lengths, check_rise
 from .products import product, product_gradients
@@ -332,7 +332,7 @@ def sru_layer(
     The other arguments, and what is returned, are as for :func:`sru_recurrence` with `u = v @ weight.T`.
     """
     same = x is v
-    if torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64:
+    if is_autocast(v.device.type) and v.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(v.device.type)
         v, weight = v.to(dtype), weight.to(dtype)
         x = v if same else None if x is None else x.to(dtype)

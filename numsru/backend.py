@@ -72,6 +72,12 @@ def kernels_for(device_type: str) -> ModuleType | None:
     return None
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device, of a type that may not know it."""
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
+
+
 def uses_reference() -> bool:
     """Whether plain torch operations are wanted: chosen, for derivatives in forward mode, in an exported program."""
     return _chosen.name == "reference" or forward_ad._current_level >= 0 or torch.compiler.is_exporting()

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
 from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
-from .backend import INSTEAD_OF_TORCHSCRIPT, may_look, takes_shortcuts
+from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
@@ -238,7 +238,7 @@ class _SRUBase(nn.Module):
                 f"got shape {tuple(input.shape)}"
             )
         weight: Tensor = self.weight_l0  # type: ignore[assignment]
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != weight.dtype and not is_autocast(input.device.type):
             raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
         if input.device != weight.device:
             raise ValueError(f"input must be on {weight.device} as the parameters are, got {input.device}")
@@ -508,7 +508,7 @@ class SRUCell(_SRUBase):
         x = input if batched else input.unsqueeze(0)
         if c is not None:
             if not isinstance(c, Tensor):
-                raise TypeError(f"c must be a Tensor, got {type(c).__name__}")
+                raise TypeError(f"c must be a Tensor (an SRU has one state, not LSTM's two), got {type(c).__name__}")
             expected = (x.shape[0], self.hidden_size) if batched else (self.hidden_size,)
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
