@@ -118,11 +118,13 @@ def sru_recurrence(
     if bias is not None:
         forget, reset = forget + bias[:, 0], reset + bias[:, 1]
 
-    def step(c: Tensor, forget: Tensor, candidate: Tensor, padded: Tensor, weight_f: Tensor | None = None) -> Tensor:
+    def next_state(
+        c: Tensor, forget: Tensor, candidate: Tensor, padded: Tensor, weight_f: Tensor | None = None
+    ) -> Tensor:
         f = _gate(forget, c, weight_f)
         return torch.where(padded, c, f * c + (1 - f) * candidate)
 
-    c_all = _scan(step, c, (forget, candidate, padded), () if weight_f is None else (weight_f,))
+    c_all = _scan(next_state, c, (forget, candidate, padded), () if weight_f is None else (weight_f,))
     r = _gate(reset, c_all[:-1], weight_r)
     g = NONLINEARITIES[nonlinearity](c_all[1:])
     m = 1.0 if mask_c is None else mask_c.reshape(state_shape)

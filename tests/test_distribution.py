@@ -200,7 +200,7 @@ def test_parametrizations_act_on_the_weight(name):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_dynamic_quantization_leaves_the_sru_as_it_is():
-    if "none" == torch.backends.quantized.engine:
+    if torch.backends.quantized.engine == "none":
         pytest.skip("this build of torch has no quantized engine")
     model = make_model()
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, SRU}, dtype=torch.qint8)
@@ -213,9 +213,9 @@ def test_dynamic_quantization_leaves_the_sru_as_it_is():
 
 def test_an_lstm_state_is_refused():
     x, state = torch.randn(5, 3, 6), torch.zeros(1, 3, 4)
-    with pytest.raises(TypeError, match="c_0 must be a Tensor .an SRU has one state, not LSTM's two., got tuple"):
+    with pytest.raises(TypeError, match=r"c_0 must be a Tensor \(an SRU has one state, not LSTM's two\), got tuple"):
         SRU(6, 4)(x, (state, state))
-    with pytest.raises(TypeError, match="c must be a Tensor .an SRU has one state, not LSTM's two., got tuple"):
+    with pytest.raises(TypeError, match=r"c must be a Tensor \(an SRU has one state, not LSTM's two\), got tuple"):
         SRUCell(6, 4)(x[0], (state[0], state[0]))
-    with pytest.raises(TypeError, match="c0 must be a Tensor .an SRU has one state, not LSTM's two., got tuple"):
+    with pytest.raises(TypeError, match=r"c0 must be a Tensor \(an SRU has one state, not LSTM's two\), got tuple"):
         compat.SRU(6, 4, 1)(x, (state, state))

@@ -1,4 +1,4 @@
-"""Exported programs: standard operators alone, for any length and batch, with the module's results; the same in ONNX."""
+"""Exported programs, also in ONNX: standard operators alone, any length and batch, the results of the module."""
 
 import subprocess
 import sys
@@ -125,6 +125,7 @@ def test_export_of_sequences_end_to_end_is_refused():
         export(SRU(6, 4), (torch.randn(7, 6),), {"cu_seqlens": torch.tensor([0, 3, 7])})
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("module", [SRU(6, 4), SRUCell(6, 4), compat.SRU(6, 4)], ids=lambda m: type(m).__module__)
 def test_torchscript_is_refused_with_what_to_use_instead(module):
     example = torch.randn(3, 6) if isinstance(module, SRUCell) else torch.randn(5, 3, 6)
