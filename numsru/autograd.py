@@ -260,7 +260,8 @@ def sru_recurrence(
     Note:
         float32, float64, float16 and bfloat16. With u of 16 bits states, gates and sums are float32, and so are
         `c_n` and, unless they are of 16 bits too, the arguments besides u and x. Differentiable once in u, x, bias,
-        c_0 and weight_c. For backward u, x and the state of every eighth step or fewer are kept.
+        c_0 and weight_c, and more often inside :func:`use_backend`. For backward u, x and the state of every eighth
+        step or fewer are kept.
 
     Source:
         Version 1: Lei, Zhang, "Training RNNs as Fast as CNNs", arXiv:1709.02755v1. Version 2: Lei et al., "Simple
@@ -337,12 +338,13 @@ def sru_layer(
         v, weight = v.to(dtype), weight.to(dtype)
         x = v if same else None if x is None else x.to(dtype)
     D, K, H = directions, parts, weight.shape[0] // (directions * parts)
+    look = may_look(v)
     prepared = _prepare(
         v.shape[:-1], D, K, H, v.dtype, v.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
         cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(v, weight, x, bias, c_0, weight_c),
-        may_look(v),
+        look,
     )  # fmt: skip
-    if prepared.call is None or not may_look(v):
+    if prepared.call is None or not look:
         u = F.linear(v, weight).view(*v.shape[:-1], D, K, H)
         return _reference(u, x, prepared.options) if prepared.call is None else _by_kernels(prepared, u, x)
     v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
