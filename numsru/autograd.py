@@ -469,7 +469,7 @@ def _prepare(
     if bias is None:
         bias = torch.zeros(D, 2, H, dtype=state, device=device)
     tensors = (
-        a if a is None or (a.dtype == state and a.is_contiguous() and not a.is_neg())
+        a if a is None or (look and a.dtype == state and a.is_contiguous() and not a.is_neg())
         else a.to(state).contiguous().resolve_neg()
         for a in (bias, weight_c, c_0, mask_c)
     )  # fmt: skip
