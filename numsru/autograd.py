@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_kernels, operators, reference
-from .backend import check_not_traced, is_transformed, may_look, uses_operators, uses_reference
+from .backend import check_not_traced, is_autocast, is_transformed, may_look, uses_operators, uses_reference
 from .backend import kernels_for as _kernels
 from .operators import check_lengths, check_rise
 from .products import product, product_gradients
@@ -260,7 +260,8 @@ def sru_recurrence(
     Note:
         float32, float64, float16 and bfloat16. With u of 16 bits states, gates and sums are float32, and so are
         `c_n` and, unless they are of 16 bits too, the arguments besides u and x. Differentiable once in u, x, bias,
-        c_0 and weight_c. For backward u, x and the state of every eighth step or fewer are kept.
+        c_0 and weight_c, and more often inside :func:`use_backend`. For backward u, x and the state of every eighth
+        step or fewer are kept.
 
     Source:
         Version 1: Lei, Zhang, "Training RNNs as Fast as CNNs", arXiv:1709.02755v1. Version 2: Lei et al., "Simple
@@ -332,17 +333,18 @@ def sru_layer(
     The other arguments, and what is returned, are as for :func:`sru_recurrence` with `u = v @ weight.T`.
     """
     same = x is v
-    if torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64:
+    if is_autocast(v.device.type) and v.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(v.device.type)
         v, weight = v.to(dtype), weight.to(dtype)
         x = v if same else None if x is None else x.to(dtype)
     D, K, H = directions, parts, weight.shape[0] // (directions * parts)
+    look = may_look(v)
     prepared = _prepare(
         v.shape[:-1], D, K, H, v.dtype, v.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
         cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(v, weight, x, bias, c_0, weight_c),
-        may_look(v),
+        look,
     )  # fmt: skip
-    if prepared.call is None or not may_look(v):
+    if prepared.call is None or not look:
         u = F.linear(v, weight).view(*v.shape[:-1], D, K, H)
         return _reference(u, x, prepared.options) if prepared.call is None else _by_kernels(prepared, u, x)
     v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
@@ -388,6 +390,11 @@ def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tenso
     call, tensors = prepared.call, prepared.tensors
     assert call is not None
     if uses_operators(u):
+        if is_transformed():
+            raise RuntimeError(
+                "torch.compile cannot compile a transform of torch.func around numsru's kernels. Leave it out, or call "
+                "the module inside numsru.use_backend('reference')"
+            )
         (bias, weight_c, c_0, mask_c, valid), o = tensors, call.options
         h, c_n, _ = torch.ops.numsru.recurrence(
             u, x, bias, c_0, weight_c, mask_c, valid, call.scale_x, o.nonlinearity, o.placement, o.padding, o.save_c
@@ -436,6 +443,8 @@ def _prepare(
 
     kernels = None if uses_reference() else _kernels(device.type)
     if kernels is None:
+        if cu_seqlens is not None and torch.compiler.is_exporting():
+            raise ValueError("an exported program takes no cu_seqlens: pad the sequences and give it their lengths")
         options = {
             "bias": bias, "c_0": c_0, "weight_c": weight_c, "mask_c": mask_c,
             "lengths": None if lengths is None else valid, "mask_pad": mask_pad,
@@ -460,7 +469,7 @@ def _prepare(
     if bias is None:
         bias = torch.zeros(D, 2, H, dtype=state, device=device)
     tensors = (
-        a if a is None or (a.dtype == state and a.is_contiguous() and not a.is_neg())
+        a if a is None or (look and a.dtype == state and a.is_contiguous() and not a.is_neg())
         else a.to(state).contiguous().resolve_neg()
         for a in (bias, weight_c, c_0, mask_c)
     )  # fmt: skip

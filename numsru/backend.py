@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
 
 from . import cpu_kernels
 
@@ -17,7 +18,8 @@ BACKENDS = ("auto", "reference")
 
 
 class _Chosen(threading.local):
-    name = "auto"
+    def __init__(self) -> None:  # called in every thread; torch.compile guards on the attribute of the instance
+        self.name = "auto"
 
 
 _chosen = _Chosen()  # not a ContextVar, which torch.compile cannot read
@@ -71,9 +73,15 @@ def kernels_for(device_type: str) -> ModuleType | None:
     return None
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device, of a type that may not know it."""
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
+
+
 def uses_reference() -> bool:
     """Whether plain torch operations are wanted: chosen, for derivatives in forward mode, in an exported program."""
-    return _chosen.name == "reference" or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
+    return _chosen.name == "reference" or forward_ad._current_level >= 0 or is_exporting()
 
 
 def uses_operators(a: Tensor) -> bool:
@@ -81,29 +89,43 @@ def uses_operators(a: Tensor) -> bool:
 
     There compilers, dispatch modes and subclasses of Tensor take part.
     """
-    return torch.compiler.is_compiling() or type(a) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
+    return is_compiling() or type(a) not in _PLAIN or _count_dispatch_modes() > 0
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` runs, which a node of autograd has to know how to handle."""
-    return torch._C._are_functorch_transforms_active()
+    return _is_transformed()
 
 
 def may_look(a: Tensor) -> bool:
     """Whether a call with the tensor `a` may look at the values of tensors on the host."""
-    return not (uses_operators(a) or is_transformed())
+    return not (is_compiling() or type(a) not in _PLAIN or _count_dispatch_modes() > 0 or _is_transformed())
 
 
 def takes_shortcuts(a: Tensor) -> bool:
-    """Whether kernels may be run on the memory of `a`, past torch: nobody else has to see it."""
-    return may_look(a) and not uses_reference() and torch._C._get_tracing_state() is None
+    """Whether kernels may be run on the memory of `a`, past torch: nobody else has to see it.
+
+    The questions above once more, in one function: this is asked at every step of a stream.
+    """
+    return not (
+        is_compiling()
+        or type(a) not in _PLAIN
+        or _count_dispatch_modes() > 0
+        or _is_transformed()
+        or _chosen.name != "auto"
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_transformed = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 
 def check_not_traced() -> None:
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         raise RuntimeError(f"torch.jit.trace cannot record numsru's kernels: {INSTEAD_OF_TORCHSCRIPT}")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autograd import sru_recurrence
-from .backend import may_look
+from .backend import INSTEAD_OF_TORCHSCRIPT, may_look
 from .compat_convert import gate_major
 from .nn import check_probabilities, check_sizes, highway_scale
 from .padding import Padding, compute_padded
@@ -241,7 +241,7 @@ class SRUCell(nn.Module):
             return self._split_products(self._custom(v), v)
         steps, D, K, H = v.shape[:-1], self.num_directions, self.num_matrices, self.hidden_size
         # The recurrence wants H innermost. The smaller of the two is put into that order: U or the weight.
-        if steps.numel() < len(self.weight):
+        if may_look(v) and steps.numel() < len(self.weight):
             return self.compute_U(v).view(*steps, D, H, K).transpose(-2, -1), None
         v = v if self.weight_proj is None else v @ self.weight_proj
         return F.linear(v, gate_major(self.weight.t(), D, H)).view(*steps, D, K, H), None
@@ -316,6 +316,10 @@ class SRUCell(nn.Module):
         if self.v1 and prefix + "weight_c" in state_dict and state_dict[prefix + "weight_c"].any():
             args[-1].append(f"{prefix}weight_c is not 0, as it must be with v1=True: this file needs v1=False.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`."""
+        raise RuntimeError(f"numsru's modules cannot be compiled by torch.jit.script: {INSTEAD_OF_TORCHSCRIPT}")
 
     def extra_repr(self) -> str:
         return repr_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
 from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
-from .backend import may_look, takes_shortcuts
+from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
@@ -238,13 +238,17 @@ class _SRUBase(nn.Module):
                 f"got shape {tuple(input.shape)}"
             )
         weight: Tensor = self.weight_l0  # type: ignore[assignment]
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != weight.dtype and not is_autocast(input.device.type):
             raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
         if input.device != weight.device:
             raise ValueError(f"input must be on {weight.device} as the parameters are, got {input.device}")
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters need no flattening. For code written for `torch.nn.GRU`."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`."""
+        raise RuntimeError(f"numsru's modules cannot be compiled by torch.jit.script: {INSTEAD_OF_TORCHSCRIPT}")
 
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
@@ -443,7 +447,8 @@ class SRU(_SRUBase):
         """All layers of x, (L, B, in) or (total_steps, in)."""
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        if len(x) == 1 and padding == Padding() and self._has_short_path(x[0], c_0):
+        one_step = not torch.compiler.is_compiling() and len(x) == 1  # no compiler may take L for a constant
+        if one_step and padding == Padding() and self._has_short_path(x[0], c_0):
             c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone(memory_format=torch.contiguous_format)
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
         states: Sequence[Tensor | None] = [None] * n
@@ -513,7 +518,7 @@ class SRUCell(_SRUBase):
         x = input if batched else input.unsqueeze(0)
         if c is not None:
             if not isinstance(c, Tensor):
-                raise TypeError(f"c must be a Tensor, got {type(c).__name__}")
+                raise TypeError(f"c must be a Tensor (an SRU has one state, not LSTM's two), got {type(c).__name__}")
             expected = (x.shape[0], self.hidden_size) if batched else (self.hidden_size,)
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
@@ -522,5 +527,5 @@ class SRUCell(_SRUBase):
             c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone(memory_format=torch.contiguous_format)
             h = self._step(x, (c_n,))
             return (h, c_n) if batched else (h[0], c_n[0])
-        h, c_n = self._layer(0, x.unsqueeze(0), len(x), c, Padding())
+        h, c_n = self._layer(0, x.unsqueeze(0), x.shape[0], c, Padding())
         return (h[0], c_n) if batched else (h[0, 0], c_n[0])

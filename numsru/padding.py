@@ -30,7 +30,7 @@ class Padding(NamedTuple):
         """x, (L, B, features), with zeros at padding."""
         mask_pad = self.mask_pad
         if self.lengths is not None:
-            mask_pad = torch.arange(len(x), device=x.device).unsqueeze(1) >= self.lengths.to(x.device)
+            mask_pad = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= self.lengths.to(x.device)
         return x if mask_pad is None else x.masked_fill(mask_pad.to(x.device).unsqueeze(2), 0)
 
     def row_of_step(self, total_steps: int) -> Tensor:

@@ -117,27 +117,46 @@ def sru_recurrence(
     candidate, forget, reset = u.unbind(dim=3)[:3]
 
     c = u.new_zeros(state_shape) if c_0 is None else c_0.reshape(state_shape)
-    states = [c]
-    for t in range(length):
-        f = _gate(forget[t], c, bias, weight_c, row=0)
-        c = torch.where(padded[t], c, f * c + (1 - f) * candidate[t])
-        states.append(c)
+    weight_f, weight_r = (None, None) if weight_c is None else weight_c.unbind(1)
+    if bias is not None:
+        forget, reset = forget + bias[:, 0], reset + bias[:, 1]
 
-    c_all = torch.stack(states)
-    r = _gate(reset, c_all[:-1], bias, weight_c, row=1)
+    def next_state(
+        c: Tensor, forget: Tensor, candidate: Tensor, padded: Tensor, weight_f: Tensor | None = None
+    ) -> Tensor:
+        f = _gate(forget, c, weight_f)
+        return torch.where(padded, c, f * c + (1 - f) * candidate)
+
+    c_all = _scan(next_state, c, (forget, candidate, padded), () if weight_f is None else (weight_f,))
+    r = _gate(reset, c_all[:-1], weight_r)
     g = NONLINEARITIES[nonlinearity](c_all[1:])
     m = 1.0 if mask_c is None else mask_c.reshape(state_shape)
     h = r * m * g + (1 - r) * skip if dropout_placement == "paper" else skip + r * m * (g - skip)
     h = _reverse_direction_1(h.masked_fill(padded, 0))
-    return h.reshape(length, batch, directions * units), c.reshape(batch, directions * units)
+    return h.reshape(length, batch, directions * units), c_all[-1].reshape(batch, directions * units)
 
 
-def _gate(z: Tensor, c: Tensor, bias: Tensor | None, weight_c: Tensor | None, *, row: int) -> Tensor:
-    if bias is not None:
-        z = z + bias[:, row]
-    if weight_c is not None:
-        z = z + weight_c[:, row] * c
-    return torch.sigmoid(z)
+def _gate(z: Tensor, c: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.sigmoid(z if weight is None else z + weight * c)
+
+
+def _scan(
+    step: Callable[..., Tensor], c: Tensor, of_each_step: tuple[Tensor, ...], of_all: tuple[Tensor, ...]
+) -> Tensor:
+    """c and then what becomes of it, step by step, stacked."""
+    if torch.compiler.is_exporting():  # a loop in the program, for sequences of any length
+
+        def twice(*args: Tensor) -> list[Tensor]:
+            c = step(*args)
+            return [c, c.clone()]  # what is handed on, and what is kept: two tensors are asked for
+
+        of_each_step = tuple(a.contiguous() for a in of_each_step)
+        _, states = torch.ops.higher_order.scan(twice, [c], [*of_each_step], additional_inputs=of_all)
+        return torch.cat([c.unsqueeze(0), states])
+    states = [c]
+    for arguments in zip(*of_each_step, strict=True):
+        states.append(step(states[-1], *arguments, *of_all))
+    return torch.stack(states)
 
 
 def _reverse_direction_1(value: Tensor) -> Tensor:
