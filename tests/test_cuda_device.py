@@ -1,0 +1,190 @@
+"""numsru on a GPU as its users run it: graphs, streams, devices, dtypes. The kernels alone: test_cuda_kernels.py."""
+
+import pytest
+import torch
+
+import numsru
+from numsru import SRU
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+MODELS = {
+    "two layers": {"num_layers": 2},
+    "bidirectional": {"bidirectional": True},
+    "version 2": {"version": 2, "num_layers": 2},
+    "other sizes": {"hidden_size": 24, "layer_norm": "post"},
+}
+models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+
+
+def make(options, dtype=torch.float32, device="cuda"):
+    torch.manual_seed(0)
+    rnn = SRU(16, **({"hidden_size": 16} | options))
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.normal_(std=0.3)
+    return rnn.to(device, dtype)
+
+
+def run(rnn, x, grad):
+    """Output, final state, and the gradients of the input and of all parameters."""
+    x = x.detach().requires_grad_()
+    output, c_n = rnn(x)
+    grads = torch.autograd.grad([output, c_n], [x, *rnn.parameters()], [grad, torch.ones_like(c_n)])
+    return [output, c_n, *grads]
+
+
+def inputs(rnn, dtype=torch.float32, L=19, B=3):
+    width = rnn.hidden_size * rnn.num_directions
+    return (torch.randn(*shape, device="cuda").to(dtype) for shape in ((L, B, 16), (L, B, width)))
+
+
+@models
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+)
+def test_layers_match_the_cpu_in_float64(options, dtype, tolerance):
+    rnn = make(options, dtype)
+    x, grad = inputs(rnn, dtype)
+    exact = run(make(options, dtype, "cpu").double(), x.cpu().double(), grad.cpu().double())
+    for a, b in zip(run(rnn, x, grad), exact, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+@models
+def test_results_repeat_their_bits(options):
+    rnn = make(options)
+    x, grad = inputs(rnn, L=300)
+    first = run(rnn, x, grad)
+    for _ in range(20):
+        for a, b in zip(run(rnn, x, grad), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@models
+def test_forward_replays_from_a_graph(options):
+    rnn = make(options)
+    static, _ = inputs(rnn)
+    with torch.no_grad():
+        numsru.warmup(rnn, static)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            rnn(static)  # torch allocates its workspaces
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            output, c_n = rnn(static)
+        for _ in range(3):
+            x = torch.randn_like(static)
+            static.copy_(x)
+            graph.replay()
+            for a, b in zip((output, c_n), rnn(x), strict=True):
+                assert torch.equal(a, b)
+
+
+@models
+def test_training_step_replays_from_a_graph(options):
+    rnn = make(options)
+    static_x, static_grad = inputs(rnn)
+    numsru.warmup(rnn, static_x)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(rnn, static_x, static_grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run(rnn, static_x, static_grad)
+    for _ in range(3):
+        x, grad = inputs(rnn)
+        static_x.copy_(x)
+        static_grad.copy_(grad)
+        graph.replay()
+        for a, b in zip(captured, run(rnn, x, grad), strict=True):
+            assert torch.equal(a, b)
+
+
+@models
+def test_make_graphed_callables_takes_the_module(options):
+    rnn, plain = make(options), make(options)
+    x, grad = inputs(rnn)
+    graphed = torch.cuda.make_graphed_callables(rnn, (x.clone().requires_grad_(),))
+    for _ in range(3):
+        x, grad = inputs(rnn)
+        found, expected = [], []
+        for module, results in ((graphed, found), (plain, expected)):
+            leaf = x.clone().requires_grad_()
+            output, c_n = module(leaf)
+            ((output * grad).sum() + c_n.sum()).backward()
+            results += [output.clone(), c_n.clone(), leaf.grad, *(p.grad.clone() for p in module.parameters())]
+            module.zero_grad()
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_capture_of_a_kernel_that_is_not_compiled_is_refused():
+    rnn = SRU(5, 7, nonlinearity="selu", highway=False, device="cuda")  # options that no other test has compiled
+    x = torch.randn(4, 2, 5, device="cuda")
+    torch.nn.functional.linear(x, x[0])  # torch's own workspaces
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"numsru\.warmup"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        rnn(x)
+    torch.cuda.synchronize()
+    assert rnn(x)[0].shape == (4, 2, 7)
+
+
+def test_work_follows_the_current_stream():
+    rnn = make({})
+    x, grad = inputs(rnn, L=2000)
+    expected = run(rnn, x, grad)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # a launch on another stream would run before x is there
+        late = torch.zeros_like(x).copy_(x)
+        found = run(rnn, late, grad)
+    stream.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_tensors_on_another_device_than_the_current_one():
+    rnn = make({})
+    x, grad = inputs(rnn)
+    expected = run(rnn, x, grad)
+    found = run(rnn.to("cuda:1"), x.to("cuda:1"), grad.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_products_their_dtype(dtype):
+    rnn = make({"num_layers": 2})
+    x, _ = inputs(rnn)
+    with torch.autocast("cuda", dtype):
+        output, c_n = rnn(x)
+    assert (output.dtype, c_n.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.1, atol=0.1)
+
+
+def test_lengths_on_the_host_and_on_the_device_agree():
+    rnn = make({"num_layers": 2, "bidirectional": True})
+    x, _ = inputs(rnn)
+    lengths = torch.tensor([19, 1, 7])
+    for a, b in zip(rnn(x, lengths=lengths), rnn(x, lengths=lengths.cuda()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_few_long_sequences_match_the_cpu():
+    rnn = make({})
+    x, grad = inputs(rnn, L=5000, B=1)  # time is shared out between blocks
+    exact = run(make({}, device="cpu").double(), x.cpu().double(), grad.cpu().double())
+    for a, b in zip(run(rnn, x, grad), exact, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= 1e-4 * b.abs().max()
