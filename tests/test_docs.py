@@ -59,6 +59,8 @@ def as_torchrun(monkeypatch):
         monkeypatch.setenv(name, str(value))
 
 
+# torch's exporter uses what torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(("page", "i"), [(p, i) for p, i, _ in SNIPPETS], ids=[f"{p.name}:{n}" for p, _, n in SNIPPETS])
 def test_snippet_runs(page, i, namespaces, as_torchrun, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
