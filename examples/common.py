@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +58,17 @@ def within(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
 
 
 positive = within(int, 1, 10**9)
+
+
+def machine() -> dict[str, str | int | None]:
+    """What the program runs on."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return {
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }

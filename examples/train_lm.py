@@ -86,7 +86,7 @@ class Run:
         self.corpus, self.args, self.processes = corpus, args, all_processes
         device = self.processes.device
         if args.batch_size % self.processes.count:
-            raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {self.processes.count} processes")
+            raise InputError(f"--batch-size {args.batch_size} is not a multiple of {self.processes.count} processes")
         self.model = build_model(len(corpus.vocabulary), args).to(device)
         self.module = self.processes.wrap(self.model)
         kinds = {"adam": partial(torch.optim.AdamW, weight_decay=args.weight_decay),
