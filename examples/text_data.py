@@ -75,19 +75,18 @@ def read_python_help() -> list[str]:
 
 def split(text: str) -> list[str]:
     """The first 90 %, the next 5 % and the last 5 % of the lines."""
-    lines = text.split("\n")
+    lines = text.removesuffix("\n").split("\n")
     first, second = len(lines) * 90 // 100, len(lines) * 95 // 100
     return ["".join(f"{line}\n" for line in part) for part in (lines[:first], lines[first:second], lines[second:])]
 
 
 def encode(texts: list[str], level: str, limit: int | None = None) -> Corpus:
-    """Number the symbols of train, valid and test text, most frequent first.
+    """Number the symbols of train, valid and test text, of each at most `limit`.
 
-    The vocabulary is that of the training text, of which `limit` symbols are used. If no unknown word stands in it
-    already, words that it has once are unknown, so that the model learns when to expect one.
+    The vocabulary is that of the training text, most frequent first. If no unknown word stands in it already, words
+    that it has once are unknown, so that the model learns when to expect one.
     """
-    train, valid, test = (symbols(text, level) for text in texts)
-    train = train[:limit]
+    train, valid, test = (symbols(text, level)[:limit] for text in texts)
     counts = Counter(train)
     if level == "word" and UNKNOWN not in counts:
         counts = Counter({word: count for word, count in counts.items() if count > 1})

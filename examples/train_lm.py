@@ -34,7 +34,16 @@ try:
     import text_data
     import torch
     from common import InputError, positive, versions, within, write
-    from language_model import LanguageModel, Shape, State, count_parameters, hidden_within, mean_loss, sample
+    from language_model import (
+        LanguageModel,
+        Shape,
+        State,
+        count_parameters,
+        cross_entropy,
+        hidden_within,
+        mean_loss,
+        sample,
+    )
     from matplotlib.figure import Figure
     from processes import Processes
     from safetensors import torch as safetensors
@@ -194,7 +203,7 @@ class Run:
         inputs, targets = self.inputs[steps], self.targets[steps]
         with self.autocast():
             scores, state = self.module(inputs, self.state)
-            loss = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        loss = cross_entropy(scores, targets)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -216,10 +225,12 @@ class Run:
 
     def mean_of(self, name: str) -> float:
         """Mean loss of the epoch so far or of the stretch, over all processes."""
-        mean = self.processes.mean(self.sums[name]) / max(1, self.lengths[name])
-        if not math.isfinite(mean):
-            raise InputError(f"the loss became {mean} before step {self.step}: try a smaller --lr")
-        return mean
+        return self.finite(self.processes.mean(self.sums[name]) / max(1, self.lengths[name]))
+
+    def finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise InputError(f"the loss became {loss} before step {self.step}: try a smaller --lr")
+        return loss
 
     def start_again(self, name: str) -> None:
         self.sums[name].zero_()
@@ -229,7 +240,7 @@ class Run:
         """Measure, keep the weights if none were better, write the checkpoint, and print the epoch's line."""
         train_loss = self.mean_of("epoch")
         # Every process measures the whole text: that takes no longer than waiting for one, and nothing is sent.
-        valid_loss = mean_loss(self.model, self.valid, self.autocast)
+        valid_loss = self.finite(mean_loss(self.model, self.valid, self.autocast))
         record = {"epoch": len(self.epochs) + 1, "train_loss": train_loss, "valid_loss": valid_loss,
                   "seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 3)}  # fmt: skip
         self.epochs.append(record)
@@ -431,7 +442,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "folder with PTB/ptb.train.txt and so on [environment variable NUMSRU_DATA]"
     add("--data-dir", default=os.environ.get("NUMSRU_DATA"), type=Path, metavar="DIR", help=text)
     add("--level", choices=["word", "char"], help="what is predicted, words or characters [ptb: word; others: char]")
-    add("--limit", type=positive, metavar="N", help="train on the first N symbols only, for a quick look [all]")
+    add("--limit", type=positive, metavar="N", help="use the first N symbols of each text only, for a quick look [all]")
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=["sru", "lstm", "gru"], default="sru", help="what reads the text [%(default)s]")
@@ -454,7 +465,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "symbols of each stream per step, as far as gradients reach back [%(default)s]"
     add("--bptt", type=positive, default=64, metavar="N", help=text)
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="adam decouples weight decay [%(default)s]")
-    add("--lr", type=number, default=4e-3, help="largest learning rate [%(default)s]")
+    add("--lr", type=number, default=8e-3, help="largest learning rate [%(default)s]")
     text = "cosine: the learning rate falls to 0 at the end; constant: it stays [%(default)s]"
     add("--schedule", choices=["cosine", "constant"], default="cosine", help=text)
     add("--warmup", type=within(int, 0, 10**9), default=100, metavar="N", help="steps to reach --lr in [%(default)s]")
@@ -492,6 +503,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return train(args) if args.generate is None else generate(args)
     except (InputError, OSError, RuntimeError) as error:
+        # torch cannot do everything in 16 bits on every CPU, and says so when it is asked to.
+        if "could not create a primitive" in str(error):
+            error = InputError(f"this machine cannot compute {args.encoder} in {args.precision}: try --precision fp32")
         if isinstance(error, RuntimeError) and "pip install" not in str(error):
             raise  # not the missing CUDA compiler, of which numsru tells what to install
         print(f"error: {error}", file=sys.stderr)
