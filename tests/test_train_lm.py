@@ -26,6 +26,7 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "experiments")]
 
 import language_model  # noqa: E402
 import language_modelling  # noqa: E402
+import lm_run  # noqa: E402
 import text_data  # noqa: E402
 import train_lm  # noqa: E402
 from common import InputError  # noqa: E402
@@ -340,6 +341,21 @@ def test_restart_begins_anew(capsys, tmp_path):
     assert "epoch  1" in capsys.readouterr().out
 
 
+def test_restart_forgets_the_run_before_it_writes_a_checkpoint(capsys, monkeypatch, tmp_path):
+    argv = [*SMALL, "--encoder", "gru", "--out", str(tmp_path)]
+    assert train_lm.main(argv) == 0
+
+    def interrupt(run, steps):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lm.Run, "train_step", interrupt)
+        assert train_lm.main([*argv, "--restart"]) == 130
+    capsys.readouterr()
+    assert train_lm.main(argv) == 0
+    assert "epoch  1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -570,8 +586,9 @@ def test_tensorboard_gets_the_losses(monkeypatch, tmp_path):
         def flush(self):
             pass
 
-    monkeypatch.setattr(train_lm, "open_tensorboard", lambda args, all_processes: Writer())
-    assert train_lm.main([*SMALL, "--encoder", "gru", "--bptt", "2", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(lm_run, "open_tensorboard", lambda folder, step: Writer())
+    argv = [*SMALL, "--encoder", "gru", "--bptt", "2", "--tensorboard", "--out", str(tmp_path)]
+    assert train_lm.main(argv) == 0
     metrics = figures(tmp_path)
     assert written["train_loss"] == [tuple(point) for point in metrics["curve"]]
     assert written["valid_loss"] == [(metrics["step"], metrics["best_valid_loss"])]
