@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -24,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "experiments")]
 
+import forking  # noqa: E402
 import language_model  # noqa: E402
 import language_modelling  # noqa: E402
 import lm_run  # noqa: E402
@@ -272,36 +272,18 @@ def test_gradient_is_clipped(monkeypatch, tmp_path):
     assert max(norms) <= 0.00101
 
 
-def run_in_child(argv: list[str]) -> multiprocessing.Process:
-    """Start a run in a process of one thread, forked from one that has the modules loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_lm", "numsru"])
-    process = context.Process(target=quiet_main, args=(argv,))
-    process.start()
-    return process
-
-
-def quiet_main(argv: list[str]) -> None:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    torch.set_num_threads(1)
-    sys.exit(train_lm.main(argv))
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork server")
 @pytest.mark.parametrize(("encoder", "kills"), [("sru", 10), ("lstm", 2)])
-def test_killed_run_ends_as_an_undisturbed_one(monkeypatch, tmp_path, encoder, kills):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), str(ROOT)]))
+def test_killed_run_ends_as_an_undisturbed_one(tmp_path, encoder, kills):
     argv = ["--encoder", encoder, "--epochs", "3", "--hidden", "8", "--layers", "2", "--limit", "20000", "--bptt", "2"]
     argv += ["--rnn-dropout", "0.2", "--checkpoint-every", "7", "--device", "cpu", "--out"]
-    undisturbed = run_in_child([*argv, str(tmp_path / "undisturbed")])
-    undisturbed.join()
-    assert undisturbed.exitcode == 0
+    assert forking.finish(train_lm.main, [*argv, str(tmp_path / "undisturbed")]) == 0
 
     moments, out, steps = random.Random(0), tmp_path / "killed", set()
     checkpoint = out / "checkpoint.pt"
     for kill in range(kills):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-        process = run_in_child([*argv, str(out)])
+        process = forking.start(train_lm.main, [*argv, str(out)])
         # Every second time at any moment of the start, else some time after it has got further.
         while kill % 2 and process.is_alive() and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
             time.sleep(0.002)
@@ -313,9 +295,7 @@ def test_killed_run_ends_as_an_undisturbed_one(monkeypatch, tmp_path, encoder, k
             steps.add(torch.load(checkpoint, weights_only=True)["step"])
     assert len(steps) >= kills // 2
 
-    last = run_in_child([*argv, str(out)])
-    last.join()
-    assert last.exitcode == 0
+    assert forking.finish(train_lm.main, [*argv, str(out)]) == 0
     assert figures(out) == figures(tmp_path / "undisturbed")
     for name in ("weights.safetensors", "vocabulary.json"):
         assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()

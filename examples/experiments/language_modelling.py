@@ -24,7 +24,7 @@ from common import InputError, machine, positive, write  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 ENCODERS = {"sru": ["--encoder", "sru", "--layers", "6"], "lstm": ["--encoder", "lstm", "--layers", "2"]}
-LEARNING_RATES = (0.002, 0.004, 0.008)
+LEARNING_RATES = (0.002, 0.004, 0.008, 0.016)
 
 # Tao Lei et al., arXiv:1709.02755v1, language modelling: layers, parameters, valid and test perplexity after 300
 # epochs, and seconds per epoch on a GeForce GTX 1070.
@@ -149,7 +149,7 @@ def page(measured: dict[str, Any]) -> str:
         " the epoch with the best valid perplexity. Nearly all of the time goes into the scores of the"
         f" {sru['symbols']:,} words, which both models have.",
         "",
-        f"The learning rate of each is the best of three after 3 epochs on the first {measured['limit']:,} words:",
+        f"The learning rate of each is the best of {len(rates['sru'])} after 3 epochs on the first {measured['limit']:,} words:",
         "",
         "| learning rate | SRU: valid perplexity | LSTM: valid perplexity |",
         "| ---: | ---: | ---: |",
