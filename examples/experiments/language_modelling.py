@@ -149,7 +149,8 @@ def page(measured: dict[str, Any]) -> str:
         " the epoch with the best valid perplexity. Nearly all of the time goes into the scores of the"
         f" {sru['symbols']:,} words, which both models have.",
         "",
-        f"The learning rate of each is the best of {len(rates['sru'])} after 3 epochs on the first {measured['limit']:,} words:",
+        f"The learning rate of each is the best of {len(rates['sru'])} after 3 epochs on the first"
+        f" {measured['limit']:,} words:",
         "",
         "| learning rate | SRU: valid perplexity | LSTM: valid perplexity |",
         "| ---: | ---: | ---: |",
