@@ -150,9 +150,7 @@ def page(measured: dict[str, Any]) -> str:
         "| learning rate | SRU: valid | SRU: test | LSTM: valid | LSTM: test |",
         "| ---: |" + " ---: |" * 4,
         *(
-            f"| {rate} | "
-            + " | ".join(f"{figure:.2f}" for encoder in ENCODERS for figure in rates[encoder][rate])
-            + " |"
+            f"| {rate} | " + " | ".join(f"{figure:.2f}" for e in ENCODERS for figure in rates[e][rate]) + " |"
             for rate in rates["sru"]
         ),
         "",
