@@ -9,7 +9,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
-MODULES = ["forking", "numsru", "train_classifier", "classification"]
+MODULES = ["forking", "numsru", "train_classifier", "classification", "train_lm"]
 
 
 def start(main: Callable[[list[str]], int], argv: list[str]) -> BaseProcess:
