@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -219,7 +220,12 @@ def capture(prepare: Callable[[], list[Call]]) -> Call:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    return graph.replay
+    return functools.partial(_replay, graph, calls)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, calls: list[Call]) -> None:
+    """`calls` own the memory that the graph reads: as long as it can be replayed, nobody else may get it."""
+    graph.replay()
 
 
 def timed(contestant: Contestant, settings: Settings, training: bool) -> Call:

@@ -53,7 +53,7 @@ def predict(point: Point, dtype: str, direction: str, device: Device = H200) -> 
     torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     storage, make_kernel = STORAGE[torch_dtype], forward_kernel if direction == "forward" else backward_kernel
     skip = SKIP_INPUT if point.input_sizes[-1] == point.output_size else SKIP_PROJECTED
-    options = Options(skip=skip, save_c=True)
+    options = Options(skip=skip, save_c=direction == "backward")  # forward is measured without gradients
     columns, lanes = point.B * point.output_size, 2 if torch_dtype.itemsize == 2 else 1
     tile = cuda_kernels.choose_tile(options, storage, point.L, columns, lanes)
     spans, span_tiles = cuda_kernels._choose_spans(options, tile, point.L, columns)
@@ -65,7 +65,8 @@ def predict(point: Point, dtype: str, direction: str, device: Device = H200) -> 
     elements = point.L * columns
     instructions = INSTRUCTIONS[storage.number.bitwidth, tile.chunks > 1][DIRECTIONS.index(direction)]
     size = recurrence_bytes(point, torch_dtype.itemsize, direction)
-    size += 4 * elements // (tile.chunks * tile.steps)  # a state for every tile
+    if options.save_c:
+        size += 4 * elements // (tile.chunks * tile.steps)  # a state for every tile
     # All blocks together: memory, and instructions. A block alone: its tiles one after the other, each of which waits
     # for its loads and at its barriers, then computes; meanwhile the blocks beside it compute.
     memory = size / device.copy_bytes_per_second
@@ -73,9 +74,9 @@ def predict(point: Point, dtype: str, direction: str, device: Device = H200) -> 
     barriers = 0 if tile.chunks == 1 else DIRECTIONS.index(direction) + 1
     compute = threads * tile.steps * tile.lanes * instructions / (LANES * device.clock)
     waiting = rounds * span_tiles * max(device.load + barriers * device.barrier + compute, at_once * compute)
-    launches = 1
+    launches = 1 if direction == "forward" else 2  # and the sum of the rows' gradients
     if spans > 1:  # the first of two launches reads what the states depend on, and writes nothing to speak of
-        launches, waiting = 2, 2 * waiting
+        launches, waiting = launches + 1, 2 * waiting
         read = 2 if direction == "forward" else 4
         memory += read * elements * torch_dtype.itemsize / device.copy_bytes_per_second
     parts = {"memory": memory, "instructions": issue, "waiting": waiting}
@@ -112,7 +113,7 @@ def measured(folder: Path, device: Device = H200) -> dict[tuple[str, str, str], 
     for path in sorted(folder.glob("cuda_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["machine"].get("gpu", {}).get("name", "").startswith(device.name):
-            for entry in result["recurrence"]:
+            for entry in (e for e in result["recurrence"] if "numsru" in e["times"]):
                 key = entry["point"], result["settings"]["dtype"], entry["pass"]
                 found[key] = entry["times"]["numsru"]["median"]
     return found

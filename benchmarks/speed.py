@@ -112,6 +112,8 @@ def tables(result: dict[str, Any]) -> str:
     rows = []
     for e in result["recurrence"]:
         times = e["times"]
+        if "numsru" not in times:
+            continue
         best = times["numsru"]
         other = times.get("sequential kernel")
         rows.append([

@@ -21,8 +21,8 @@ SAMPLE = 2e-3  # seconds that one sample lasts, so that a clock's resolution and
 ROUNDS = (5, 200)  # fewest and most samples of a contestant
 MOST_COPIES = 256  # of a contestant's inputs
 
-# What a contestant raises that a device, a dtype or a missing compiler keeps from running.
-UNAVAILABLE = (ImportError, NotImplementedError, RuntimeError, TypeError)
+# What a contestant raises that a device, a dtype or a missing compiler keeps from running: libraries have their own.
+UNAVAILABLE = (Exception,)
 
 
 class Settings(NamedTuple):

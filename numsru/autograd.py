@@ -65,7 +65,7 @@ class _Call(NamedTuple):
         """Gradients of u, x, bias, weight_c and c_0."""
         return self.kernels.backward(  # type: ignore[no-any-return]
             self.options, u, x, bias, weight_c, mask_c, valid, self.scale_x, self.L, self.B, c,
-            grad_h.contiguous(), grad_c_n.contiguous(),
+            grad_h.contiguous().resolve_neg(), grad_c_n.contiguous().resolve_neg(),
         )  # fmt: skip
 
 

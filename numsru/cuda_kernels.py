@@ -774,7 +774,7 @@ def backward(
     steps = len(u)  # L, and of sequences end to end all there are
     plan = _plan(
         backward_kernel, options._replace(has_c_0=False, save_c=True), u.dtype, steps, B, D, H,
-        _in_pairs(H, u, x, bias, weight_c, mask_c, grad_h, grad_c_n),
+        _in_pairs(H, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
     )  # fmt: skip
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
     grad_c_0, sum_bias = torch.empty_like(grad_c_n), bias.new_empty(plan.spans * B, D, 2, H)

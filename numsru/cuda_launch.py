@@ -1,8 +1,8 @@
 """Compile a kernel once for each device and launch it on torch's current stream.
 
 Numba compiles; the launch itself goes through `cuda.core`, on which numba-cuda is built. It takes a few microseconds,
-where `kernel[grid, block](...)` examines every array anew and takes ten to a hundred. Nothing here allocates or waits
-once a kernel is compiled, so that CUDA graphs can capture a launch.
+where `kernel[grid, block](...)` examines every array anew and takes ten to a hundred. Once a kernel is compiled nothing
+here waits or allocates memory of the device, so that CUDA graphs can capture a launch.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cuda.core import LaunchConfig, Stream
+from cuda.core import Device, LaunchConfig, Stream
 from cuda.core import launch as launch_on_stream
 from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
@@ -21,6 +21,13 @@ from torch import Tensor
 _compiling = threading.Lock()
 _streams: dict[int, Stream] = {}  # by handle: making one costs more than a launch
 _config = functools.lru_cache(4096)(lambda blocks, block: LaunchConfig(grid=blocks, block=block))
+
+
+class _Thread(threading.local):
+    device: int | None = None  # whose context was made current
+
+
+_thread = _Thread()
 
 
 class Kernel:
@@ -70,6 +77,10 @@ def launch(
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(kernel, device, blocks, block, arrays, factor, numbers)
+    if _thread.device != index:
+        # Torch does this late, at its own first launch in a thread. The driver refuses a launch before.
+        Device(index).set_current()
+        _thread.device = index
     compiled = kernel.compiled.get(index) or _compile(kernel, index)
     handle = _current_stream(index)
     stream = _streams.get(handle) or _streams.setdefault(handle, Stream.from_handle(handle))

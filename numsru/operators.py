@@ -69,7 +69,7 @@ def _batch_size(u: Tensor, valid: Tensor | None, padding: int) -> int:
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if a is None else a.contiguous() for a in tensors]
+    return [None if a is None else a.contiguous().resolve_neg() for a in tensors]
 
 
 def _or_empty(a: Tensor | None, u: Tensor) -> Tensor:

@@ -53,13 +53,13 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
                 copied(*args, **kwargs)
             with torch.enable_grad():
                 outputs = [a for a in _tensors(copied(*args, **kwargs)) if a.requires_grad]
-            parameters = [p for p in copied.parameters() if p.requires_grad]
-            if outputs and parameters:  # not `backward`, which would give the arguments a gradient
-                torch.autograd.grad(outputs, parameters, [torch.zeros_like(a) for a in outputs], allow_unused=True)
+            inputs = [a for a in (*copied.parameters(), *_tensors([args, kwargs])) if a.requires_grad]
+            if outputs and inputs:  # not `backward`, which would give the arguments a gradient
+                torch.autograd.grad(outputs, inputs, [torch.zeros_like(a) for a in outputs], allow_unused=True)
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in what a module returned."""
+    """All tensors in what a module takes or returns."""
     if isinstance(value, PackedSequence):
         return [value.data]
     if isinstance(value, dict):

@@ -266,3 +266,12 @@ def test_error_says_what_was_expected(name):
 def test_docstring_example_runs():
     h, c_n = numsru.sru_recurrence(torch.randn(5, 2, 1, 3, 4), torch.randn(5, 2, 4), torch.zeros(1, 2, 4))
     assert (h.shape, c_n.shape) == ((5, 2, 4), (2, 4))
+
+
+def test_upstream_gradients_may_be_negative_views():
+    u = torch.randn(4, 2, 1, 3, 5, requires_grad=True)
+    grad_h, grad_c_n = torch.randn(4, 2, 5), torch.randn(2, 5)
+    outputs = sru_recurrence(u, torch.zeros(4, 2, 5))
+    expected = torch.autograd.grad(outputs, u, [-grad_h, -grad_c_n], retain_graph=True)
+    found = torch.autograd.grad(outputs, u, [torch._neg_view(grad_h), torch._neg_view(grad_c_n)])
+    torch.testing.assert_close(found, expected)

@@ -307,7 +307,7 @@ def test_unchecked_lengths_are_clamped(run, set_tile, monkeypatch, tile, case):
     inputs, grads = case.make_inputs()
     inputs["lengths"] = torch.tensor([0, 5, case.L])
     expected = run_and_grads(reference.sru_recurrence, inputs, grads)
-    monkeypatch.setattr(autograd, "check_padding", lambda lengths, *_: lengths)  # refuses these on a CPU
+    monkeypatch.setattr(autograd, "check_padding", lambda lengths, *_, **__: lengths)  # refuses these on a CPU
     inputs["lengths"] = torch.tensor([-3, 5, case.L + 4])
     assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
 
@@ -324,7 +324,7 @@ def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case
     inputs, grads = case.make_inputs()
     inputs["cu_seqlens"] = torch.tensor(clamped)
     expected = run_and_grads(reference.sru_recurrence, inputs, grads)
-    monkeypatch.setattr(autograd, "check_cu_seqlens", lambda cu_seqlens, *_: (cu_seqlens, case.L))
+    monkeypatch.setattr(autograd, "check_cu_seqlens", lambda cu_seqlens, *_, **__: (cu_seqlens, case.L))
     inputs["cu_seqlens"] = torch.tensor(given)
     assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
 

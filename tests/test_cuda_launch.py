@@ -1,6 +1,7 @@
 """The launcher without a device: what reaches the driver, on which stream, and what is compiled when."""
 
 import contextlib
+import threading
 import types
 
 import cuda_without_gpu  # noqa: F401  skips this file where numba.cuda cannot be imported
@@ -19,6 +20,7 @@ class Driver:
 
     def __init__(self):
         self.stream, self.device, self.capturing, self.compiled, self.launched = 70, 0, False, [], []
+        self.bound = []  # (thread, device)
 
     @contextlib.contextmanager
     def use(self, device):
@@ -54,6 +56,9 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda_launch, "launch_on_stream", driver.launch)
     monkeypatch.setattr(cuda_launch.cuda, "jit", driver.jit)
     monkeypatch.setattr(cuda_launch, "_streams", {})
+    monkeypatch.setattr(cuda_launch, "_thread", cuda_launch._Thread())
+    bind = lambda index: driver.bound.append((threading.get_ident(), index))  # noqa: E731
+    monkeypatch.setattr(cuda_launch, "Device", lambda index: types.SimpleNamespace(set_current=lambda: bind(index)))
     return driver
 
 
@@ -159,3 +164,15 @@ def test_nothing_is_compiled_into_a_graph(driver):
     driver.capturing = True
     launch(kernel)
     assert len(driver.launched) == 2
+
+
+def test_every_thread_makes_the_context_current_before_its_first_launch(driver):
+    kernel = make_kernel()
+    for _ in range(2):
+        launch(kernel)
+    thread = threading.Thread(target=launch, args=(kernel,))
+    thread.start()
+    other = thread.ident
+    thread.join()
+    assert driver.bound == [(threading.get_ident(), 0), (other, 0)]
+    assert len(driver.launched) == 3

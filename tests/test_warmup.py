@@ -82,3 +82,11 @@ def test_packed_sequences_may_be_passed():
 def test_arguments_need_a_module():
     with pytest.raises(TypeError, match="expected a module"):
         numsru.warmup(None, torch.randn(5, 3, 6))
+
+
+def test_backward_to_the_input_is_compiled_where_all_parameters_are_frozen(compiled):
+    rnn, x = numsru.SRU(6, 4).requires_grad_(False), torch.randn(5, 3, 6, requires_grad=True)
+    numsru.warmup(rnn, x)
+    compiled.clear()
+    rnn(x)[0].sum().backward()
+    assert not compiled
