@@ -465,6 +465,13 @@ def save_archive(path: Path) -> None:
     np.savez(path, words_small=np.array(list(VECTORS)), vecs_small=vectors, words_b=np.array(["a"]), vecs_b=vectors[:1])
 
 
+# gensim leaves a file without a header open until it is collected.
+gensim_leaves_files_open = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@gensim_leaves_files_open
 @pytest.mark.parametrize("kind", ["glove.txt", "word2vec.txt", "word2vec.bin", "subset.npz"])
 def test_pretrained_vectors_are_the_embedding(capsys, write, tmp_path, kind):
     name = []
@@ -486,6 +493,7 @@ def test_pretrained_vectors_are_the_embedding(capsys, write, tmp_path, kind):
     assert embedding[vocabulary.index("word1")].abs().sum() > 0
 
 
+@gensim_leaves_files_open
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
