@@ -498,7 +498,7 @@ def test_pretrained_vectors_are_the_embedding(capsys, write, tmp_path, kind):
     ("name", "data", "message"),
     [
         ("vectors.txt", b"", "has no word vectors"),
-        ("vectors.txt", b"the 1.0 2.0\nword 1.0\n", "cannot be read as word vectors"),
+        ("vectors.txt", b"the 1.0 2.0 3.0\nword 1.0 2.0\n", "cannot be read as word vectors"),
         ("vectors.txt", "the 1.0 2.0\n".encode("utf-16"), "cannot be read as word vectors"),
         ("vectors.bin", b"3 3\nthe", "cannot be read as word vectors"),
         ("vectors.npz", b"nothing", "cannot be read as word vectors"),
