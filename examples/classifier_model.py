@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from sentence_data import InputError
+from common import InputError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 

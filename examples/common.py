@@ -1,30 +1,54 @@
 """What the examples share: errors for the user, argument types, the choice of a device, files that are never half."""
 
 import argparse
+import io
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message says what, and what to do about it."""
 
 
-def write(path: Path, data: str | bytes) -> None:
+def write(path: Path, data: str | bytes | memoryview) -> None:
     """Write another file, then rename it to `path`, so that there is never half a file."""
     # The name is always the same, so that what a killed process left is overwritten.
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        # Without it a power failure could leave the new name on an empty file.
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            # Without it a power failure could leave the new name on an empty file.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def png(figure: Figure, dpi: float | str = "figure") -> bytes:
+    """A picture of a figure that was made without pyplot: Agg draws it, which needs no display."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi)
+    return data.getvalue()
+
+
+def open_tensorboard(out: Path, first: int) -> Any:
+    """A writer of TensorBoard's files, in `out`. It forgets what a killed run wrote from step or epoch `first` on."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as missing:
+        raise InputError(
+            f"no module {missing.name}: run `pip install tensorboard`, or leave --tensorboard out"
+        ) from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import text_data
 import torch
-from common import InputError, versions, write
+from common import InputError, open_tensorboard, png, versions, write
 from language_model import LanguageModel, Shape, State, count_parameters, cross_entropy, hidden_within, mean_loss
 from matplotlib.figure import Figure
 from processes import Processes
@@ -131,7 +131,7 @@ class Run:
             if self.args.restart:
                 self.checkpoint.unlink(missing_ok=True)
             if self.args.tensorboard:
-                self.writer = open_tensorboard(self.out / "tensorboard", self.step)
+                self.writer = open_tensorboard(self.out, self.step + 1)
             write(self.out / "vocabulary.json", json.dumps(self.corpus.vocabulary))
             self.save_metrics()
         while self.step < self.args.epochs * self.steps_per_epoch:
@@ -291,16 +291,4 @@ class Run:
             right.plot(range(1, len(values) + 1), values, marker=".", label=name.removesuffix("_loss"))
         right.set(xlabel="epoch", ylabel=name_of_figure(level))
         right.legend()
-        # A figure made without pyplot is drawn by Agg, which needs no display.
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        write(self.out / "curves.png", picture.getvalue())
-
-
-def open_tensorboard(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard's files. What a killed run wrote after `step` is not shown."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise InputError("--tensorboard needs a package: run `pip install tensorboard`") from None
-    return SummaryWriter(folder, purge_step=step + 1)
+        write(self.out / "curves.png", png(figure))

@@ -1,16 +1,12 @@
-"""What a training run leaves in its folder: files that are never half written, curves, and of which run they are."""
+"""What a training run of the classifier leaves in its folder: curves, and of which run the files are."""
 
 import argparse
-import io
 import json
-import os
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
+from common import png, write
 from matplotlib.figure import Figure
-from sentence_data import InputError
 
 # Arguments that do not change what an epoch computes; the device and the data are compared as such.
 FREE = ("out", "resume", "epochs", "patience", "tensorboard", "data_dir", "device")
@@ -34,22 +30,6 @@ def is_finished(out: Path) -> bool:
     return metrics.exists() and json.loads(metrics.read_text())["test_accuracy"] is not None
 
 
-def write(path: Path, data: str | bytes | memoryview) -> None:
-    """Write another file, then rename it to `path`, so that there is never half a file."""
-    # Always the same name: what a killed process left of it is overwritten.
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    used = [sys.modules[name] for name in ("numpy", "sklearn", "torch", "numba", "numsru") if name in sys.modules]
-    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in used}}
-
-
 def draw_curves(path: Path, epochs: list[dict[str, Any]]) -> None:
     """Save the learning curves as a picture with two panels."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -60,18 +40,4 @@ def draw_curves(path: Path, epochs: list[dict[str, Any]]) -> None:
     for axes, quantity in ((left, "loss"), (right, "accuracy")):
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.legend()
-    # A figure made without pyplot is drawn by Agg, which needs no display.
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write(path, picture.getvalue())
-
-
-def open_tensorboard(out: Path, first_epoch: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as missing:
-        raise InputError(
-            f"no module {missing.name}: run `pip install tensorboard`, or leave --tensorboard out"
-        ) from None
-    # purge_step: TensorBoard forgets what was written of epochs that are trained again.
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first_epoch)
+    write(path, png(figure))

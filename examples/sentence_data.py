@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from common import InputError
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -22,10 +23,6 @@ PADDING, UNKNOWN = 0, 1
 
 # The folds belong to the data, so that every encoder and every training seed is measured on the same sentences.
 FOLD_SEED = 0
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used. The message says what, and what to do about it."""
 
 
 class Split(NamedTuple):

@@ -17,7 +17,6 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ try:
     import torch
     import word_vectors
     from classifier_model import Classifier, Convolution, Recurrent
-    from run_files import configuration, difference_of, draw_curves, is_finished, open_tensorboard, versions, write
+    from common import InputError, choose_device, open_tensorboard, positive, versions, within, write
+    from run_files import configuration, difference_of, draw_curves, is_finished
     from safetensors import torch as safetensors
-    from sentence_data import Examples, InputError
+    from sentence_data import Examples
     from sklearn.datasets import load_digits
     from torch import nn
     from tqdm import tqdm
@@ -294,32 +294,8 @@ def build_optimizers(model: Classifier, args: argparse.Namespace) -> list[torch.
     return [kind(weights, **options), *rest]
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} does not work ({str(error).splitlines()[0]}): try --device cpu") from None
-    return device
-
-
-def within(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
-    """An argument type: numbers from `low` to `high`."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
-        return value
-
-    return number
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = within(int, 1, 10**9)
     add = parser.add_argument_group("data").add_argument
     sets = ["digits", *sentence_data.CORPORA]
     add("--dataset", choices=sets, default="digits", metavar="NAME", help=f"one of {', '.join(sets)} [%(default)s]")

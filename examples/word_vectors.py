@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from sentence_data import InputError
+from common import InputError
 
 
 def load(path: Path, name: str | None = None) -> tuple[Mapping[str, int], np.ndarray]:

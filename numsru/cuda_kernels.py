@@ -693,14 +693,11 @@ def _plan(
     B: int,
     D: int,
     H: int,
-    pairs: bool,
+    lanes: int,
 ) -> _Plan:
     if steps >= 2**31:
         raise ValueError(f"the CUDA kernels take at most 2^31 - 1 steps, got {steps}")
     storage, columns = STORAGE[dtype], B * D * H
-    # Pairs of 16 bits: half as many loads, and as much of the address arithmetic. Numbers of 32 bits are loaded well
-    # enough one at a time, and leave registers for more threads.
-    lanes = 2 if pairs and dtype.itemsize == 2 and options.version == 1 else 1
     tile = choose_tile(options, storage, steps, columns, lanes)
     tile = tile._replace(wide=tile.wide or columns // lanes * options.parts >= 2**31)
     spans, span_tiles = _choose_spans(options, tile, steps, columns)
@@ -733,13 +730,19 @@ def launch_bounds(
     return threads, max(1, (backward if make_kernel is backward_kernel else forward) // threads)
 
 
-def _in_pairs(H: int, *arrays: Tensor | None) -> bool:
-    """Whether two neighbouring numbers can be loaded at once everywhere."""
-    addresses = 0
+def _count_lanes(options: Options, u: Tensor, *arrays: Tensor | None) -> int:
+    """How many neighbouring numbers are loaded at once: two of 16 bits, if they can be everywhere.
+
+    That is half as many loads, and as much of the address arithmetic. Numbers of 32 bits are loaded well enough one at
+    a time, and leave registers for more threads.
+    """
+    if u.itemsize != 2 or options.version != 1 or u.shape[-1] % 2:
+        return 1
+    addresses = u.data_ptr()
     for a in arrays:
         if a is not None:
             addresses |= a.data_ptr()
-    return H % 2 == 0 and addresses % 8 == 0
+    return 2 if addresses % 8 == 0 else 1
 
 
 def forward(
@@ -750,7 +753,9 @@ def forward(
     D, H = u.shape[-3], u.shape[-1]
     steps = len(u)  # L, and of sequences end to end all there are
     h, c_n = u.new_empty(*u.shape[:-3], D * H), bias.new_empty(B, D * H)
-    plan = _plan(forward_kernel, options, u.dtype, steps, B, D, H, _in_pairs(H, u, x, bias, weight_c, c_0, mask_c))
+    plan = _plan(
+        forward_kernel, options, u.dtype, steps, B, D, H, _count_lanes(options, u, x, bias, weight_c, c_0, mask_c)
+    )
     saved = None
     if options.save_c:
         # Room for the shortest tiles that are chosen: torch.compile has to know the shape without the plan.
@@ -774,7 +779,7 @@ def backward(
     steps = len(u)  # L, and of sequences end to end all there are
     plan = _plan(
         backward_kernel, options._replace(has_c_0=False, save_c=True), u.dtype, steps, B, D, H,
-        _in_pairs(H, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
+        _count_lanes(options, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
     )  # fmt: skip
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
     grad_c_0, sum_bias = torch.empty_like(grad_c_n), bias.new_empty(plan.spans * B, D, 2, H)

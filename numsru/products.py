@@ -20,8 +20,13 @@ _FEWEST_MULTIPLICATIONS = 500_000  # below, a convolution's preparations take lo
 def product(v: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """v Wᵀ, shape `(n, m)`, of rows v, `(n, k)`, and weight, `(m, k)`. `out`: memory that may hold it, or may not."""
     if _by_convolution(v, weight):
-        return _rows(F.conv2d(_channels_last(v), weight[:, :, None, None]))
+        return product_by_convolution(v, weight)
     return F.linear(v, weight) if out is None else torch.mm(v, weight.t(), out=out)
+
+
+def product_by_convolution(v: Tensor, weight: Tensor) -> Tensor:
+    """:func:`product` by a convolution, on any processor."""
+    return _rows(F.conv2d(_channels_last(v), weight[:, :, None, None]))
 
 
 def product_gradients(

@@ -64,19 +64,25 @@ def test_results_repeat_their_bits(options):
             assert torch.equal(a, b)
 
 
+def capture(call):
+    """A graph of a call, and what the call returned."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # torch allocates its workspaces
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        results = call()
+    return graph, results
+
+
 @models
 def test_forward_replays_from_a_graph(options):
     rnn = make(options)
     static, _ = inputs(rnn)
     with torch.no_grad():
         numsru.warmup(rnn, static)
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            rnn(static)  # torch allocates its workspaces
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            output, c_n = rnn(static)
+        graph, (output, c_n) = capture(lambda: rnn(static))
         for _ in range(3):
             x = torch.randn_like(static)
             static.copy_(x)
@@ -90,13 +96,7 @@ def test_training_step_replays_from_a_graph(options):
     rnn = make(options)
     static_x, static_grad = inputs(rnn)
     numsru.warmup(rnn, static_x)
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(rnn, static_x, static_grad)
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        captured = run(rnn, static_x, static_grad)
+    graph, captured = capture(lambda: run(rnn, static_x, static_grad))
     for _ in range(3):
         x, grad = inputs(rnn)
         static_x.copy_(x)

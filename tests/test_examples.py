@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import sentence_data  # noqa: E402
 import train_classifier  # noqa: E402
 import word_vectors  # noqa: E402
+from example_runs import check_files, read_error  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sentence_data import CORPORA, InputError  # noqa: E402
 
@@ -65,12 +66,9 @@ def lines(classes: int, each: int) -> bytes:
 
 def error_of(capsys, *argv) -> str:
     """The one line that a run with these arguments leaves on stderr, along with exit status 2."""
-    assert train_classifier.main([str(argument) for argument in argv]) == 2
-    written = capsys.readouterr()
-    assert written.out == ""
-    assert written.err.startswith("error: ")
-    assert written.err.count("\n") == 1
-    return written.err
+    printed, error = read_error(capsys, train_classifier.main, *argv)
+    assert printed == ""
+    return error
 
 
 @pytest.mark.parametrize(
@@ -233,17 +231,9 @@ def test_digits_run_writes_its_files(capsys, tmp_path, encoder):
     printed = capsys.readouterr()
     assert printed.err == ""
     last = re.fullmatch(r"test accuracy: (\d\.\d{4})", printed.out.splitlines()[-1])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert last[1] == f"{metrics['test_accuracy']:.4f}"
-    assert metrics["arguments"]["encoder"] == encoder
-    weights = load_file(tmp_path / "weights.safetensors")
-    assert metrics["parameters"] == sum(tensor.numel() for tensor in weights.values())
     names = {"epoch", "train_loss", "train_accuracy", "dev_accuracy", "seconds", "train_cpu_seconds"}
-    assert set(metrics["epochs"][0]) == names
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pt", "curves.png", "metrics.json", "vocabulary.json", "weights.safetensors",
-    ]  # fmt: skip
+    metrics = check_files(tmp_path, encoder, names)
+    assert last[1] == f"{metrics['test_accuracy']:.4f}"
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

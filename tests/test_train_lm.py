@@ -30,6 +30,7 @@ import lm_run  # noqa: E402
 import text_data  # noqa: E402
 import train_lm  # noqa: E402
 from common import InputError  # noqa: E402
+from example_runs import check_files, read_error  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 ENCODERS = ["sru", "lstm", "gru"]
@@ -81,11 +82,7 @@ def figures(out: Path) -> dict:
 
 def error_of(capsys, *argv) -> str:
     """The one line that a run with these arguments leaves on stderr, along with exit status 2."""
-    assert train_lm.main([str(argument) for argument in argv]) == 2
-    written = capsys.readouterr()
-    assert written.err.startswith("error: ")
-    assert written.err.count("\n") == 1
-    return written.err
+    return read_error(capsys, train_lm.main, *argv)[1]
 
 
 def shape(encoder: str, **changes) -> language_model.Shape:
@@ -164,16 +161,8 @@ def test_run_writes_its_files(capsys, tmp_path, picture, encoder):
     printed = capsys.readouterr()
     assert printed.err == ""
     last = re.fullmatch(r"test bits per character: (\d\.\d{3})", printed.out.splitlines()[-1])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = check_files(tmp_path, encoder, {"epoch", "train_loss", "valid_loss", "seconds", "cpu_seconds"})
     assert last[1] == f"{metrics['test_loss'] / math.log(2):.3f}"
-    assert metrics["arguments"]["encoder"] == encoder
-    weights = load_file(tmp_path / "weights.safetensors")
-    assert metrics["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    assert set(metrics["epochs"][0]) == {"epoch", "train_loss", "valid_loss", "seconds", "cpu_seconds"}
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pt", "curves.png", "metrics.json", "vocabulary.json", "weights.safetensors",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -32,7 +32,7 @@ import classification_report  # noqa: E402
 import sentence_data  # noqa: E402
 import torch  # noqa: E402
 import train_classifier  # noqa: E402
-from sentence_data import InputError  # noqa: E402
+from common import InputError, positive  # noqa: E402
 
 ENCODERS = {
     "cnn": ["--encoder", "cnn"],
@@ -168,7 +168,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="the first N of ten folds [%(default)s]",
     )
-    positive = train_classifier.within(int, 1, 10**9)
     add("--seeds", type=positive, default=5, metavar="N", help="runs where the test split is given [%(default)s]")
     data_dir = os.environ.get("NUMSRU_DATA")
     add(

@@ -1,21 +1,19 @@
 """The page of the comparison of encoders: what the runs in a folder say, as JSON, Markdown and pictures."""
 
-import io
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from classifier_model import Convolution, Recurrent
+from common import InputError, machine, png
+from common import write as write_file
 from matplotlib.figure import Figure
 from run_files import is_finished
-from run_files import write as write_file
-from sentence_data import CORPORA, InputError
+from sentence_data import CORPORA
 
 NAMES = {"mr": "MR", "cr": "CR", "subj": "Subj", "mpqa": "MPQA", "trec": "TREC", "sst1": "SST-1", "sst2": "SST-2"}
 ORDER = ("cnn", "lstm", "gru", "sru1", "sru2", "sru4", "sru8", "sru1-v2", "sru2-v2", "sru4-v2", "sru8-v2")
@@ -41,7 +39,7 @@ def read(run: Path) -> dict[str, Any]:
 
 def add_times(path: Path, recipe: Sequence[str], seconds: dict[str, list[float]]) -> None:
     """Add measured seconds to the file of a data set; those of another recipe are replaced."""
-    record: dict[str, Any] = {"recipe": list(recipe), "machine": machine(), "seconds": {}}
+    record: dict[str, Any] = {"recipe": list(recipe), "machine": describe_machine(), "seconds": {}}
     if path.exists() and (earlier := json.loads(path.read_text()))["recipe"] == record["recipe"]:
         record["seconds"] = earlier["seconds"]
     for encoder, values in seconds.items():
@@ -50,13 +48,9 @@ def add_times(path: Path, recipe: Sequence[str], seconds: dict[str, list[float]]
     write_file(path, json.dumps(record, indent=2))
 
 
-def machine() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, {platform.system()}"
+def describe_machine() -> str:
+    found = machine()
+    return f"{found['processor']}, {found['cores']} cores, {found['system']}"
 
 
 def write(runs: Path, results: Path) -> None:
@@ -88,7 +82,7 @@ def summarize(runs: Path) -> dict[str, Any]:
     recipe = {name: some["arguments"][name] for name in common}
     times = {d: json.loads((runs / d / "time.json").read_text()) for d in sets if (runs / d / "time.json").exists()}
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "versions": some["versions"],
         "recipe": recipe,
         "sets": sets,
@@ -268,9 +262,7 @@ def picture(sets: dict[str, Any], draw: Any) -> bytes:
     for axes, (dataset, encoders) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
         draw(axes, dataset, encoders)
         axes.set_title(NAMES[dataset])
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return data.getvalue()
+    return png(figure, dpi=110)
 
 
 def draw_accuracies(axes: Any, dataset: str, encoders: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ moment, the same command goes on where it was. When all runs are finished it wri
 
 import argparse
 import contextlib
-import io
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(EXAMPLES))
 
 import train_lm  # noqa: E402
-from common import InputError, machine, positive, write  # noqa: E402
+from common import InputError, machine, png, positive, write  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 ENCODERS = {"sru": ["--encoder", "sru", "--layers", "6"], "lstm": ["--encoder", "lstm", "--layers", "2"]}
@@ -187,9 +186,7 @@ def draw(measured: dict[str, Any]) -> bytes:
     by_epoch.legend()
     for axes in (by_epoch, by_time):
         axes.grid(alpha=0.3, which="both")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    return picture.getvalue()
+    return png(figure, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> int:
