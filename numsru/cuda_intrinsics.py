@@ -8,6 +8,7 @@ In float32, sigmoid is five instructions on the GPU's approximate exponential an
 `recurrence.py` and the plain functions here as they stand.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,14 @@ from numba.types import float16
 from . import recurrence
 
 SIMULATED = bool(getattr(cuda, "is_simulator", False)) or config.ENABLE_CUDASIM
+
+if not SIMULATED and not hasattr(np, "row_stack"):
+    # NumPy 2.5 has this alias no more, and numba-cuda 0.30 asks for it when it first compiles.
+    np.row_stack = np.vstack
+    try:
+        importlib.import_module("numba.cuda.np.arrayobj")
+    finally:
+        del np.row_stack
 
 # Numba has no bfloat16 that compiles without a C++ compiler; uint16 stands for it.
 BFLOAT16 = uint16

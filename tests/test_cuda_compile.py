@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 import types
 from unittest import mock
 
@@ -132,6 +134,21 @@ def _resources(compiled, cc):
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
     )
     return int(re.search(r"Used (\d+) registers", log)[1]), stack, stores + loads
+
+
+@needs_compiler
+def test_kernels_compile_without_what_numpy_2_5_has_removed():
+    code = """
+import numpy as np
+if hasattr(np, "row_stack"):
+    del np.row_stack
+    np.__all__.remove("row_stack")
+from numba import cuda
+import numsru.cuda_kernels
+cuda.compile_ptx(lambda: None, (), cc=(9, 0))
+print(hasattr(np, "row_stack"))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 @needs_compiler
