@@ -255,31 +255,43 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
         at_u = (position * D + d) * parts * H + unit
         between = offset_type(H)  # parts of u
         from_u = address(u, at_u)
+        from_reset = address(u, at_u + 2 * H)
         from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
         to_h = address(h, at_x)
         slot = uint64(tx)
 
         tiles_left = narrow(end_tile - first_tile)
+        for k in range(chunk):
+            candidate_word[k] = load(from_u, k, left)
+            forget_word[k] = load(shift(from_u, 1, between), k, left)
+            from_u = shift(from_u, 1, step_u)
+            if stage != REDUCE_SPANS:
+                reset[k] = load(from_reset, k, left)
+                if skip_kind == SKIP_PROJECTED:
+                    skip[k] = load(shift(from_reset, 1, between), k, left)
+                elif skip_kind == SKIP_INPUT:
+                    skip[k] = load(from_x, k, left)
+                    from_x = shift(from_x, 1, step_x)
+                from_reset = shift(from_reset, 1, step_u)
         while tiles_left > 0:
             tiles_left = int32(tiles_left - 1)
             if save_c and stage != REDUCE_SPANS and ty == 0:
                 store(at_state, 0, left, pack(carry[0], carry[last], real, real_word))
             padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
             for k in range(chunk):
-                candidate_word[k] = load(from_u, k, left)
-                forget_word[k] = load(shift(from_u, 1, between), k, left)
-                if stage != REDUCE_SPANS:
-                    reset[k] = load(shift(from_u, 2, between), k, left)
-                    if skip_kind == SKIP_PROJECTED:
-                        skip[k] = load(shift(from_u, 3, between), k, left)
-                    elif skip_kind == SKIP_INPUT:
-                        skip[k] = load(from_x, k, left)
-                        from_x = shift(from_x, 1, step_x)
-                from_u = shift(from_u, 1, step_u)
-            for k in range(chunk):
                 for j in range(lanes):
                     candidate[k * lanes + j] = unpack(candidate_word[k], j, number)
                     forget[k * lanes + j] = unpack(forget_word[k], j, number)
+            # Loads of the next tile, which arrive while this one is computed.
+            ahead = int32(left - tile_length) if tiles_left > 0 else int32(0)
+            from_u = shift(from_u, tile_length - chunk, step_u)
+            if stage != REDUCE_SPANS:
+                from_x = shift(from_x, tile_length - chunk, step_x)
+                from_reset = shift(from_reset, tile_length - chunk, step_u)
+            for k in range(chunk):
+                candidate_word[k] = load(from_u, k, ahead)
+                forget_word[k] = load(shift(from_u, 1, between), k, ahead)
+                from_u = shift(from_u, 1, step_u)
             if version == 1:
                 _linear_steps(
                     candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
@@ -323,14 +335,18 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         h_k[j] = zero if padding == MASK and is_padding else h_kj
                     store(to_h, k, left, pack(h_k[0], h_k[last], number, word))
                     to_h = shift(to_h, 1, step_x)
+                    reset[k] = load(from_reset, k, ahead)
+                    if skip_kind == SKIP_PROJECTED:
+                        skip[k] = load(shift(from_reset, 1, between), k, ahead)
+                    elif skip_kind == SKIP_INPUT:
+                        skip[k] = load(from_x, k, ahead)
+                        from_x = shift(from_x, 1, step_x)
+                    from_reset = shift(from_reset, 1, step_u)
             if chunks == 1:
                 for j in range(lanes):
                     carry[j] = c[j]
             left = int32(left - tile_length)
             position += tile_length * stride
-            from_u = shift(from_u, tile_length - chunk, step_u)
-            if stage != REDUCE_SPANS:
-                from_x = shift(from_x, tile_length - chunk, step_x)
             to_h = shift(to_h, tile_length - chunk, step_x)
             at_state = shift(at_state, 1, step_saved)
 
@@ -438,6 +454,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
         at_u = (position * D + d) * parts * H + unit
         between = offset_type(H)  # parts of u
         from_u = address(u, at_u)
+        from_reset = address(u, at_u + 2 * H)
         from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
         from_grad_h = address(grad_h, at_x)
         to_u = address(grad_u, at_u)
@@ -445,35 +462,50 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
         slot = uint64(tx)
 
         tiles_left = narrow(end_tile - first_tile)
+        ahead = left if tiles_left > 0 else int32(0)
+        for k in range(chunk):
+            candidate_word[k] = load(from_u, k, ahead)
+            forget_word[k] = load(shift(from_u, 1, between), k, ahead)
+            reset[k] = load(from_reset, k, ahead)
+            if stage != REDUCE_SPANS:
+                if skip_kind == SKIP_PROJECTED:
+                    skip[k] = load(shift(from_reset, 1, between), k, ahead)
+                elif skip_kind == SKIP_INPUT:
+                    skip[k] = load(from_x, k, ahead)
+                    from_x = shift(from_x, 1, step_x)
+            grad_out[k] = load(from_grad_h, k, ahead)
+            from_u = shift(from_u, 1, step_u)
+            from_reset = shift(from_reset, 1, step_u)
+            from_grad_h = shift(from_grad_h, 1, step_x)
+        c_start = load(at_state, 0, ahead if ty == 0 else int32(0))
         while tiles_left > 0:
             tiles_left = int32(tiles_left - 1)
             padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
             for k in range(chunk):
-                candidate_word[k] = load(from_u, k, left)
-                forget_word[k] = load(shift(from_u, 1, between), k, left)
-                reset[k] = load(shift(from_u, 2, between), k, left)
-                if stage != REDUCE_SPANS:
-                    if skip_kind == SKIP_PROJECTED:
-                        skip[k] = load(shift(from_u, 3, between), k, left)
-                    elif skip_kind == SKIP_INPUT:
-                        skip[k] = load(from_x, k, left)
-                        from_x = shift(from_x, 1, step_x)
-                from_u = shift(from_u, 1, step_u)
-                grad_out[k] = load(from_grad_h, k, left)
-                from_grad_h = shift(from_grad_h, 1, step_x)
-            for k in range(chunk):
                 for j in range(lanes):
                     candidate[k * lanes + j] = unpack(candidate_word[k], j, number)
                     forget[k * lanes + j] = unpack(forget_word[k], j, number)
+            for j in range(lanes):
+                carry[j] = unpack(c_start, j, real)
+                c[j] = carry[j]
+            # Loads of the next tile, which arrive while this one is computed.
+            ahead = int32(left + tile_length) if tiles_left > 0 else int32(0)
+            from_u = shift(from_u, -tile_length - chunk, step_u)
+            from_reset = shift(from_reset, -tile_length - chunk, step_u)
+            if stage != REDUCE_SPANS:
+                from_x = shift(from_x, -tile_length - chunk, step_x)
+            from_grad_h = shift(from_grad_h, -tile_length - chunk, step_x)
+            at_state = shift(at_state, -1, step_saved)
+            for k in range(chunk):
+                candidate_word[k] = load(from_u, k, ahead)
+                forget_word[k] = load(shift(from_u, 1, between), k, ahead)
+                from_u = shift(from_u, 1, step_u)
+            c_start = load(at_state, 0, ahead if ty == 0 else int32(0))
             if version == 1:
                 _linear_steps(
                     candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
                 )  # fmt: skip
             # The states inside the tile, as in forward.
-            c_start = load(at_state, 0, left if ty == 0 else int32(0))
-            for j in range(lanes):
-                carry[j] = unpack(c_start, j, real)
-                c[j] = carry[j]
             if chunks > 1:
                 # To the other chunks, the state at the start of the tile is part of what the first one adds.
                 for j in range(lanes):
@@ -528,6 +560,16 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         store(to_x, k, left, pack(out_1[0], out_1[last], number, word))
                         to_x = shift(to_x, 1, step_x)
                     to_u = shift(to_u, 1, step_u)
+                reset[k] = load(from_reset, k, ahead)
+                if stage != REDUCE_SPANS:
+                    if skip_kind == SKIP_PROJECTED:
+                        skip[k] = load(shift(from_reset, 1, between), k, ahead)
+                    elif skip_kind == SKIP_INPUT:
+                        skip[k] = load(from_x, k, ahead)
+                        from_x = shift(from_x, 1, step_x)
+                grad_out[k] = load(from_grad_h, k, ahead)
+                from_reset = shift(from_reset, 1, step_u)
+                from_grad_h = shift(from_grad_h, 1, step_x)
 
             for j in range(lanes):
                 c[j] = grad_carry[j]
@@ -575,13 +617,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                     grad_carry[j] = c[j]
             left = int32(left + tile_length)
             position -= tile_length * stride
-            from_u = shift(from_u, -tile_length - chunk, step_u)
-            if stage != REDUCE_SPANS:
-                from_x = shift(from_x, -tile_length - chunk, step_x)
-            from_grad_h = shift(from_grad_h, -tile_length - chunk, step_x)
             to_u = shift(to_u, -tile_length, step_u)
             to_x = shift(to_x, -tile_length - chunk, step_x)
-            at_state = shift(at_state, -1, step_saved)
 
         if stage == REDUCE_SPANS:
             if inside and ty == 0:
