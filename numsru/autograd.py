@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -353,6 +354,39 @@ def sru_layer(
         return _layer_without_gradients(prepared.call, v if same else x, v, weight, *prepared.tensors)
     h, c_n = _Layer.apply(prepared.call, same, v, weight, x, *prepared.tensors)  # type: ignore[no-untyped-call]
     return h, c_n
+
+
+def plain_sru_layer(
+    v: Tensor, weight: Tensor, bias: Tensor | None, c_0: Tensor | None, weight_c: Tensor | None, directions: int,
+    skip: int, scale_x: float, nonlinearity: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`sru_layer` of arguments that are known to fit, without its checks.
+
+    All tensors are contiguous, of one dtype, float32 or float64, and on one device; `skip` is of `recurrence.py`.
+    """
+    L, B, _ = v.shape
+    H = weight.shape[0] // (directions * (4 if skip == SKIP_PROJECTED else 3))
+    if bias is None:
+        bias = v.new_zeros(directions, 2, H)
+    requires_grad = _require_grad(v, weight, bias, c_0, weight_c)
+    call = _plain_call(
+        _kernels("cpu" if v.is_cpu else "cuda"), 1 if weight_c is None else 2, nonlinearity, skip, c_0 is not None,
+        requires_grad, scale_x, L, B, directions, H,
+    )  # fmt: skip
+    same = skip == SKIP_INPUT
+    if requires_grad:
+        h, c_n = _Layer.apply(call, same, v, weight, None, bias, weight_c, c_0, None, None)  # type: ignore[no-untyped-call]
+        return h, c_n
+    return _layer_without_gradients(call, v if same else None, v, weight, bias, weight_c, c_0, None, None)
+
+
+@functools.lru_cache(4096)
+def _plain_call(
+    kernels: ModuleType, version: int, nonlinearity: str, skip: int, has_c_0: bool, save_c: bool, scale_x: float,
+    L: int, B: int, D: int, H: int,
+) -> _Call:  # fmt: skip
+    options = Options(version, NONLINEARITIES[nonlinearity], PAPER, skip, has_c_0=has_c_0, save_c=save_c)
+    return _Call(kernels, options, scale_x, L, B, D, H, looked=True)
 
 
 def _layer_without_gradients(

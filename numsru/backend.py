@@ -105,7 +105,7 @@ def may_look(a: Tensor) -> bool:
 def takes_shortcuts(a: Tensor) -> bool:
     """Whether kernels may be run on the memory of `a`, past torch: nobody else has to see it.
 
-    The questions above once more, in one function: this is asked at every step of a stream.
+    The questions above once more, in one function: this is asked at every call of a module.
     """
     return not (
         is_compiling()

@@ -803,7 +803,7 @@ def forward(
         arrays = u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, decay, offset
         numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
         for kernel in plan.kernels:
-            cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
+            cuda_launch.launch(kernel, u.get_device(), plan.blocks, plan.block, arrays, scale_x, numbers)
     return h, c_n, saved
 
 
@@ -829,5 +829,5 @@ def backward(
         )  # fmt: skip
         numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
         for kernel in plan.kernels:
-            cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
+            cuda_launch.launch(kernel, u.get_device(), plan.blocks, plan.block, arrays, scale_x, numbers)
     return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c_0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
-from .autograd import check_cu_seqlens, check_padding, sru_layer, state_dtype
+from .autograd import check_cu_seqlens, check_padding, plain_sru_layer, sru_layer, state_dtype
 from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
@@ -192,33 +192,51 @@ class _SRUBase(nn.Module):
             h = padding.zero(getattr(self, f"layer_norm_l{i}")(h))
         return h, c_n
 
-    def _has_short_path(self, x: Tensor, c: Tensor | None) -> bool:
-        """Whether one step of x, (B, in), is a matrix product and a kernel for each layer, and nothing else."""
-        dtype = x.dtype
+    def _is_plain(self, x: Tensor, c: Tensor | None) -> bool:
+        """Whether kernels can take x, states and parameters as they are: nothing to check, cast, drop or normalise.
+
+        Asked at every call, so that what remains is a matrix product and a kernel for each layer.
+        """
+        dtype, device = x.dtype, x.device
         return (
-            not torch.is_grad_enabled()
-            and takes_shortcuts(x)
-            and x.is_cpu
+            takes_shortcuts(x)
+            and (x.is_cpu or x.is_cuda)
             and not (self.training and (self.rnn_dropout or self.dropout))
             and not self._modules  # no layer normalisation, no parametrizations
             and not self.projection_size
-            and not self.bidirectional
             and (dtype is torch.float32 or dtype is torch.float64)
             and x.is_contiguous()
-            and (c is None or (c.dtype is dtype and c.is_cpu))
-            and not torch.is_autocast_enabled("cpu")
+            and not x.is_neg()
+            and (c is None or (c.dtype is dtype and c.device == device and c.is_contiguous() and not c.is_neg()))
+            and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
             and all(
-                a.dtype is dtype and a.is_cpu and a.is_contiguous() for a in self._parameters.values() if a is not None
+                a.dtype is dtype and a.device == device and a.is_contiguous()
+                for a in self._parameters.values()
+                if a is not None
             )
         )
 
+    def _plain_layer(self, i: int, x: Tensor, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`_layer` where `_is_plain`."""
+        weight_c = getattr(self, f"weight_c_l{i}") if self.version == 2 else None
+        return plain_sru_layer(
+            x, getattr(self, f"weight_l{i}"), getattr(self, f"bias_l{i}"), c_0, weight_c, self.num_directions,
+            self._skip(i), self._scale_x if self.rescale else 1.0, self.nonlinearity,
+        )  # fmt: skip
+
+    def _skip(self, i: int) -> int:
+        return (SKIP_PROJECTED if self._parts(i) == 4 else SKIP_INPUT) if self.highway else NO_SKIP
+
     def _step(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
-        """One step of x, (B, in), on the short path: h, (B, H). c: the states of the layers, before and then after."""
+        """One step of x, (B, in), where `_is_plain` and nothing is differentiated, on a CPU: h, (B, H).
+
+        c: the states of the layers, before and then after.
+        """
         scale_x = self._scale_x if self.rescale else 1.0
         for i, state in enumerate(c):
             weight, bias = getattr(self, f"weight_l{i}"), getattr(self, f"bias_l{i}")
             weight_c = getattr(self, f"weight_c_l{i}") if self.version == 2 else None
-            skip = (SKIP_PROJECTED if self._parts(i) == 4 else SKIP_INPUT) if self.highway else NO_SKIP
+            skip = self._skip(i)
             u = product(x, weight)
             if bias is None:
                 bias = u.new_zeros(2, self.hidden_size)
@@ -447,16 +465,16 @@ class SRU(_SRUBase):
         """All layers of x, (L, B, in) or (total_steps, in)."""
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        one_step = not torch.compiler.is_compiling() and len(x) == 1  # no compiler may take L for a constant
-        if one_step and padding == Padding() and self._has_short_path(x[0], c_0):
-            c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone(memory_format=torch.contiguous_format)
+        plain = padding == Padding() and self._is_plain(x, c_0)
+        if plain and len(x) == D == 1 and x.is_cpu and not torch.is_grad_enabled():
+            c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone()
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
         states: Sequence[Tensor | None] = [None] * n
         if c_0 is not None:
             states = c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).unbind()
         final = []
         for i in range(n):
-            x, c = self._layer(i, x, B, states[i], padding)
+            x, c = self._plain_layer(i, x, states[i]) if plain else self._layer(i, x, B, states[i], padding)
             final.append(c.unsqueeze(0) if D == 1 else c.view(B, D, H).transpose(0, 1))
         return x, final[0] if n == 1 else torch.cat(final)
 
@@ -523,8 +541,8 @@ class SRUCell(_SRUBase):
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
             c = c if batched else c.unsqueeze(0)
-        if self._has_short_path(x, c):
-            c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone(memory_format=torch.contiguous_format)
+        if not torch.is_grad_enabled() and x.is_cpu and self._is_plain(x, c):
+            c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone()
             h = self._step(x, (c_n,))
             return (h, c_n) if batched else (h[0], c_n[0])
         h, c_n = self._layer(0, x.unsqueeze(0), x.shape[0], c, Padding())

@@ -185,6 +185,7 @@ def test_missing_compiler_is_named(monkeypatch, error):
         raise error("no libnvvm")
 
     monkeypatch.setattr(cuda, "jit", jit)
+    monkeypatch.setattr(cuda_launch, "Device", lambda index: types.SimpleNamespace(set_current=lambda: None))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], MANY, WHOLE)
