@@ -15,6 +15,7 @@ are summed for each batch row in a fixed order, so results repeat their bits.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,15 +25,31 @@ from numba.types import float16
 from torch import Tensor
 
 from . import cuda_launch
-from .cuda_intrinsics import BFLOAT16, WORDS, address, anew, device_function, load, narrow, pack, shift, store, unpack
+from .cuda_intrinsics import (
+    BFLOAT16,
+    WORDS,
+    address,
+    anew,
+    device_function,
+    load,
+    narrow,
+    pack,
+    select,
+    shift,
+    store,
+    unpack,
+)
 from .recurrence import (
+    COARSE_TANH,
     LENGTHS,
     MASK,
     PACKED,
     SKIP_INPUT,
     SKIP_PROJECTED,
     STEPS_PER_STATE,
+    TANH,
     Options,
+    coarse_gate,
     count_saved,
     forget_slope,
     gate,
@@ -50,7 +67,7 @@ class Tile(NamedTuple):
     chunks: int
     steps: int
     lanes: int = 1  # numbers in a word
-    wide: bool = False  # whether a step of u has 2^31 words or more
+    states: int = 1  # how many states of a tile are kept for backward, at equal distances
 
 
 # What a launch does with the time: all of it in each block, or a span in each block, to reduce it or to compute it.
@@ -73,10 +90,8 @@ STORAGE = {
 
 
 @device_function
-def _divide(a, b, wide):
+def _divide(a, b):
     """a // b. A division of 64 bits takes five times as long as one of 32."""
-    if wide:
-        return a // b
     return int64(uint32(a) // uint32(b))
 
 
@@ -112,11 +127,11 @@ def _count_rest(padding, begin, steps, L, b, B):
 
 
 @device_function
-def _saved_at(tile_index, begin, padding, tile_length, b, B):
-    """Where the state at the start of a tile is kept: distinct for all tiles of all rows."""
+def _saved_at(index, begin, padding, distance, b, B):
+    """Where the index-th state of a row is kept, `distance` steps behind the one before: distinct for all rows."""
     if padding == PACKED:
-        return begin // tile_length + b + tile_index
-    return tile_index * B + b
+        return begin // distance + b + index
+    return index * B + b
 
 
 @device_function
@@ -155,7 +170,7 @@ def _linear_steps(candidate, forget, decay, offset, bias_f, left, padded, paddin
         for j in range(lanes):
             i = k * lanes + j
             f = gate(forget[i], unpack(bias_f, j, real), zero, zero, 1)
-            forget[i] = one if is_padding else f  # a step of padding becomes c -> 1 c + 0
+            forget[i] = select(is_padding, one, f)  # a step of padding becomes c -> 1 c + 0
             if padding == MASK and is_padding:
                 candidate[i] = zero
             decay[j] = decay[j] * forget[i]
@@ -163,22 +178,21 @@ def _linear_steps(candidate, forget, decay, offset, bias_f, left, padded, paddin
 
 
 @device_function
-def _find_column(width, L, B, D, H, valid, padding, wide):
+def _find_column(width, L, B, D, H, valid, padding):
     """The column of a thread, the steps of its row, and the most steps that a row of the block has."""
     columns = B * D * H
     first_col = int64(cuda.blockIdx.x) * width
     col = first_col + int64(cuda.threadIdx.x)
     inside = col < columns
     col = min(col, columns - 1)  # a thread beyond the last column reads that column's state and writes nothing
-    if not wide:
-        col = int64(narrow(col))
-    row = _divide(col, H, wide)
+    col = int64(narrow(col))
+    row = _divide(col, H)
     b = row if D == 1 else row >> 1
     begin, stride, steps = _row_steps(valid, padding, b, L, B)
     longest = L
     if padding in (LENGTHS, PACKED):  # rows have different numbers of steps
         last_col = min(first_col + width, columns) - 1
-        longest = _longest_row(valid, padding, _divide(first_col, H * D, wide), _divide(last_col, H * D, wide), L, B)
+        longest = _longest_row(valid, padding, _divide(first_col, H * D), _divide(last_col, H * D), L, B)
     return inside, col, row, col - row * H, b, row - b * D, begin, stride, steps, longest
 
 
@@ -186,14 +200,16 @@ def _find_column(width, L, B, D, H, valid, padding, wide):
 def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = WHOLE) -> Callable[..., None]:
     """One launch writes h, c_n and, with `save_c`, the state at the start of every tile."""
     version, nonlinearity, placement, skip_kind, padding, has_c_0, has_mask_c, save_c = options
-    width, chunks, chunk, lanes, wide = tile
+    width, chunks, chunk, lanes, kept = tile
     assert version == 1 or chunks == 1
     number, real = storage
     word, real_word = words(storage, lanes)
-    offset_type = int64 if wide else int32
     parts, tile_length = options.parts, chunks * chunk
     threads, numbers, last = chunks * width, chunk * lanes, lanes - 1
-    exchanged = 2 * threads
+    reset_gate = gate
+    if number == BFLOAT16:
+        reset_gate, nonlinearity = coarse_gate, COARSE_TANH if nonlinearity == TANH else nonlinearity
+    exchanged, distance, chunks_per_state = 2 * threads, tile_length // kept, chunks // kept
 
     def forward(
         u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, span_decay, span_offset,
@@ -216,9 +232,7 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
         one, zero = real(1), real(0)
 
         tx, ty = int64(cuda.threadIdx.x), int64(cuda.threadIdx.y)
-        inside, col, _, unit, b, d, begin, stride, steps, longest = _find_column(
-            width, L, B, D, H, valid, padding, wide
-        )
+        inside, col, _, unit, b, d, begin, stride, steps, longest = _find_column(width, L, B, D, H, valid, padding)
         gate_f = d * 2 * H + unit
         gate_r = gate_f + H
         bias_f, bias_r = bias[gate_f], bias[gate_r]
@@ -248,14 +262,14 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
             position = begin - first * stride
         else:
             position = begin + first * stride
-        at_state = address(saved, _saved_at(first_tile, begin, padding, tile_length, b, B) * D * H + d * H + unit)
-        step_x, step_u = offset_type(stride * D * H), offset_type(stride * D * H * parts)
-        step_saved = offset_type(D * H if padding == PACKED else B * D * H)
+        state = first_tile * kept + ty // chunks_per_state
+        at_state = address(saved, _saved_at(state, begin, padding, distance, b, B) * D * H + d * H + unit)
+        step_x, step_u = int32(stride * D * H), int32(stride * D * H * parts)
+        step_saved = int32(D * H if padding == PACKED else B * D * H)
         at_x = (position * D + d) * H + unit
         at_u = (position * D + d) * parts * H + unit
-        between = offset_type(H)  # parts of u
+        between = int32(H)  # parts of u
         from_u = address(u, at_u)
-        from_reset = address(u, at_u + 2 * H)
         from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
         to_h = address(h, at_x)
         slot = uint64(tx)
@@ -264,19 +278,16 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
         for k in range(chunk):
             candidate_word[k] = load(from_u, k, left)
             forget_word[k] = load(shift(from_u, 1, between), k, left)
-            from_u = shift(from_u, 1, step_u)
             if stage != REDUCE_SPANS:
-                reset[k] = load(from_reset, k, left)
+                reset[k] = load(shift(from_u, 2, between), k, left)
                 if skip_kind == SKIP_PROJECTED:
-                    skip[k] = load(shift(from_reset, 1, between), k, left)
+                    skip[k] = load(shift(from_u, 3, between), k, left)
                 elif skip_kind == SKIP_INPUT:
                     skip[k] = load(from_x, k, left)
                     from_x = shift(from_x, 1, step_x)
-                from_reset = shift(from_reset, 1, step_u)
+            from_u = shift(from_u, 1, step_u)
         while tiles_left > 0:
             tiles_left = int32(tiles_left - 1)
-            if save_c and stage != REDUCE_SPANS and ty == 0:
-                store(at_state, 0, left, pack(carry[0], carry[last], real, real_word))
             padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
             for k in range(chunk):
                 for j in range(lanes):
@@ -287,7 +298,6 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
             from_u = shift(from_u, tile_length - chunk, step_u)
             if stage != REDUCE_SPANS:
                 from_x = shift(from_x, tile_length - chunk, step_x)
-                from_reset = shift(from_reset, tile_length - chunk, step_u)
             for k in range(chunk):
                 candidate_word[k] = load(from_u, k, ahead)
                 forget_word[k] = load(shift(from_u, 1, between), k, ahead)
@@ -314,13 +324,15 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                 slot = uint64(threads + 2 * tx) - slot
 
             if stage != REDUCE_SPANS:
+                if save_c and ty % chunks_per_state == 0:
+                    store(at_state, 0, left, pack(c[0], c[last], real, real_word))
                 for k in range(chunk):
                     is_padding = _is_padding(k, left, padded, padding)
                     for j in range(lanes):
                         f, c_prev = forget[k * lanes + j], c[j]
                         if version == 2:
                             f = gate(f, unpack(bias_f, j, real), unpack(weight_f, j, real), c_prev, version)
-                        r = gate(
+                        r = reset_gate(
                             unpack(reset[k], j, number),
                             unpack(bias_r, j, real),
                             unpack(weight_r, j, real),
@@ -335,20 +347,20 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         h_k[j] = zero if padding == MASK and is_padding else h_kj
                     store(to_h, k, left, pack(h_k[0], h_k[last], number, word))
                     to_h = shift(to_h, 1, step_x)
-                    reset[k] = load(from_reset, k, ahead)
+                    of_step = shift(from_u, k - chunk, step_u)
+                    reset[k] = load(shift(of_step, 2, between), k, ahead)
                     if skip_kind == SKIP_PROJECTED:
-                        skip[k] = load(shift(from_reset, 1, between), k, ahead)
+                        skip[k] = load(shift(of_step, 3, between), k, ahead)
                     elif skip_kind == SKIP_INPUT:
                         skip[k] = load(from_x, k, ahead)
                         from_x = shift(from_x, 1, step_x)
-                    from_reset = shift(from_reset, 1, step_u)
             if chunks == 1:
                 for j in range(lanes):
                     carry[j] = c[j]
             left = int32(left - tile_length)
             position += tile_length * stride
             to_h = shift(to_h, tile_length - chunk, step_x)
-            at_state = shift(at_state, 1, step_saved)
+            at_state = shift(at_state, kept, step_saved)
 
         if stage == REDUCE_SPANS:
             if inside and ty == 0:
@@ -370,13 +382,15 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
 def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = WHOLE) -> Callable[..., None]:
     """One launch writes grad_u, grad_x, grad_c_0 and each row's sums over time for the gradients of the parameters."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
-    width, chunks, chunk, lanes, wide = tile
+    width, chunks, chunk, lanes, kept = tile
     assert version == 1 or chunks == 1
     number, real = storage
     word, real_word = words(storage, lanes)
-    offset_type = int64 if wide else int32
     parts, tile_length, threads = options.parts, chunks * chunk, chunks * width
-    exchanged, numbers, last = 2 * threads, chunk * lanes, lanes - 1
+    reset_gate = gate
+    if number == BFLOAT16:
+        reset_gate, nonlinearity = coarse_gate, COARSE_TANH if nonlinearity == TANH else nonlinearity
+    exchanged, numbers, last, distance = 2 * threads, chunk * lanes, lanes - 1, tile_length // kept
 
     def backward(
         u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n, grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
@@ -411,9 +425,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
         one, zero = real(1), real(0)
 
         tx, ty = int64(cuda.threadIdx.x), int64(cuda.threadIdx.y)
-        inside, col, row, unit, b, d, begin, stride, steps, longest = _find_column(
-            width, L, B, D, H, valid, padding, wide
-        )
+        inside, col, row, unit, b, d, begin, stride, steps, longest = _find_column(width, L, B, D, H, valid, padding)
         gate_f = d * 2 * H + unit
         gate_r = gate_f + H
         bias_f, bias_r = bias[gate_f], bias[gate_r]
@@ -447,12 +459,13 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
             position = begin - first * stride
         else:
             position = begin + first * stride
-        at_state = address(saved, _saved_at(end_tile - 1, begin, padding, tile_length, b, B) * D * H + d * H + unit)
-        step_x, step_u = offset_type(stride * D * H), offset_type(stride * D * H * parts)
-        step_saved = offset_type(D * H if padding == PACKED else B * D * H)
+        state = (end_tile - 1) * kept
+        at_state = address(saved, _saved_at(state, begin, padding, distance, b, B) * D * H + d * H + unit)
+        step_x, step_u = int32(stride * D * H), int32(stride * D * H * parts)
+        step_saved = int32(D * H if padding == PACKED else B * D * H)
         at_x = (position * D + d) * H + unit
         at_u = (position * D + d) * parts * H + unit
-        between = offset_type(H)  # parts of u
+        between = int32(H)  # parts of u
         from_u = address(u, at_u)
         from_reset = address(u, at_u + 2 * H)
         from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
@@ -495,7 +508,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
             if stage != REDUCE_SPANS:
                 from_x = shift(from_x, -tile_length - chunk, step_x)
             from_grad_h = shift(from_grad_h, -tile_length - chunk, step_x)
-            at_state = shift(at_state, -1, step_saved)
+            at_state = shift(at_state, -kept, step_saved)
             for k in range(chunk):
                 candidate_word[k] = load(from_u, k, ahead)
                 forget_word[k] = load(shift(from_u, 1, between), k, ahead)
@@ -520,7 +533,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         decay_i = unpack(decays[slot + uint64(i * width)], j, real)
                         carry[j] = decay_i * carry[j] + unpack(offsets[slot + uint64(i * width)], j, real)
 
-            # All gradients that need no dL/dc from later steps. And dL/dc in front of each step is linear in dL/dc
+            # All gradients that need no dL/dc from later steps. Those of steps that do not exist are 0: so is what was
+            # read of them, and in version 1 their forget gate is 1. And dL/dc in front of each step is linear in dL/dc
             # behind it: a thread's steps as one, from the end to the start.
             for j in range(lanes):
                 decay[j], offset[j] = anew(one), zero
@@ -531,7 +545,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                     states[i] = c[j]
                     if version == 2:
                         forget[i] = gate(forget[i], unpack(bias_f, j, real), unpack(weight_f, j, real), c[j], version)
-                    r = gate(
+                    r = reset_gate(
                         unpack(reset[k], j, number), unpack(bias_r, j, real), unpack(weight_r, j, real), c[j], version
                     )
                     c_next = next_state(forget[i], candidate[i], c[j])
@@ -541,11 +555,13 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                     g_reset, g_skip, through_h[i] = output_grads(
                         unpack(grad_out[k], j, number), c[j], r, skipped, m, nonlinearity, placement
                     )
-                    if is_padding:
-                        g_reset, g_skip, through_h[i] = zero, zero, zero
+                    slope[i] = forget_slope(states[i], forget[i], candidate[i])
+                    if padding == MASK or version == 2:
+                        g_reset, g_skip = select(is_padding, zero, g_reset), select(is_padding, zero, g_skip)
+                        through_h[i] = select(is_padding, zero, through_h[i])
+                        slope[i] = select(is_padding, zero, slope[i])
                     decay[j] = decay[j] * forget[i]
                     offset[j] += decay[j] * through_h[i]
-                    slope[i] = zero if is_padding else forget_slope(states[i], forget[i], candidate[i])
                     grad_reset[i] = g_reset
                     sum_r[j] += g_reset
                     if version == 2:
@@ -672,42 +688,58 @@ def signatures(options: Options, storage: Storage, tile: Tile) -> tuple[Any, Any
     )
 
 
-_WANTED_THREADS = 132 * 384  # a fifth of what an H100 or H200 can hold: enough loads on their way
-_WANTED_BLOCKS = 132  # a block for each of their multiprocessors
-_MOST_SPANS = 64
-_THREADS = 128
+# What follows was measured on an H200 (benchmarks/results). Blocks are counted for its 132 multiprocessors.
+_WANTED_COLUMNS = 2**16  # chunks times columns, of 32 bits: two blocks for each multiprocessor
+_MOST_CHUNKS = 16
+_SPLIT_COLUMNS, _SPLIT_STEPS = 1024, 1024  # so few, and so many, are split into spans
+_FEWEST_BLOCKS, _WANTED_BLOCKS, _MOST_SPANS = 128, 528, 64
 
 
-def choose_tile(options: Options, storage: Storage, L: int, columns: int, lanes: int) -> Tile:
+def choose_tile(backward: bool, options: Options, storage: Storage, L: int, columns: int, lanes: int) -> Tile:
     """More chunks where there are few columns, so that there is work for the whole GPU, but none without a step.
 
-    How many steps a tile has does not depend on `lanes`: forward and backward may differ in it.
+    Backward keeps more in registers, so its threads have half as many steps, unless there are too few threads anyway.
+    Forward then keeps two states of each of its tiles.
     """
-    length = STEPS_PER_STATE
+    most = 1
     if options.version == 1:
-        while length < 64 and columns * length < _WANTED_THREADS * STEPS_PER_STATE and length < L:
-            length *= 2
-    steps = STEPS_PER_STATE // lanes
-    chunks = length // steps
-    width = min(128, _THREADS // chunks)
-    # Narrow blocks if there would be too few, but no narrower than a sector of memory, in version 2 than a warp.
-    narrowest = 32 if chunks == 1 else 32 * 8 // (storage.number.bitwidth * lanes)
-    while width > narrowest and -(-columns // (width * lanes)) < _WANTED_BLOCKS:
-        width //= 2
-    return Tile(width, chunks, steps, lanes)
+        wanted = _WANTED_COLUMNS * (2 if storage.number.bitwidth == 16 else 1) / max(1, columns)
+        most = _MOST_CHUNKS // 2 if _is_split(options, L, columns) else _MOST_CHUNKS
+    longest = 1 << max(3, (L - 1).bit_length())  # the least power of two that holds the sequence, or 8
+
+    def chunks_of(steps: int) -> int:
+        if options.version == 2:
+            return 1
+        return max(STEPS_PER_STATE // steps, min(2 ** round(math.log2(wanted)), most, longest // steps))
+
+    halved = options.version == 1 and wanted < 2 * _MOST_CHUNKS
+    distance = chunks_of(4) * 4 if halved else chunks_of(8) * 8
+    steps = 4 if halved and backward else 8
+    chunks = chunks_of(steps)
+    threads = 256 if storage.number.bitwidth * lanes == 32 and lanes == 2 else 128
+    if _is_split(options, L, columns):
+        width = 16 // lanes
+    else:
+        width = max(8, threads // chunks)
+        # Narrow blocks if there would be too few, but no narrower than a sector of memory, in version 2 than a warp.
+        while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
+            width //= 2
+    return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // distance)
+
+
+def _is_split(options: Options, L: int, columns: int) -> bool:
+    """Whether there are too few columns for the GPU, and steps enough to share them out between blocks."""
+    return options.version == 1 and options.padding != PACKED and columns <= _SPLIT_COLUMNS and L >= _SPLIT_STEPS
 
 
 def _choose_spans(options: Options, tile: Tile, L: int, columns: int) -> tuple[int, int]:
     """How many spans the time is cut into, and the tiles of each."""
     tiles = max(1, -(-L // (tile.chunks * tile.steps)))
-    if tile.chunks == 1 or options.padding == PACKED or columns > _FEW_COLUMNS or L < _MANY_STEPS:
+    if tile.chunks == 1 or not _is_split(options, L, columns):
         return 1, tiles
     blocks = -(-columns // (tile.columns * tile.lanes))
-    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, 4 * _WANTED_BLOCKS // blocks)))
+    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, _WANTED_BLOCKS // blocks)))
     return -(-tiles // span_tiles), span_tiles
-
-
-_FEW_COLUMNS, _MANY_STEPS = 1024, 4096
 
 
 class _Plan(NamedTuple):
@@ -732,11 +764,11 @@ def _plan(
     H: int,
     lanes: int,
 ) -> _Plan:
-    if steps >= 2**31:
-        raise ValueError(f"the CUDA kernels take at most 2^31 - 1 steps, got {steps}")
     storage, columns = STORAGE[dtype], B * D * H
-    tile = choose_tile(options, storage, steps, columns, lanes)
-    tile = tile._replace(wide=tile.wide or columns // lanes * options.parts >= 2**31)
+    for count, what in ((steps, "steps"), (columns * options.parts, "numbers of u in a step")):
+        if count >= 2**31:
+            raise ValueError(f"the CUDA kernels take at most 2^31 - 1 {what}, got {count}")
+    tile = choose_tile(make_kernel is backward_kernel, options, storage, steps, columns, lanes)
     spans, span_tiles = _choose_spans(options, tile, steps, columns)
     kernels = tuple(
         _kernel(make_kernel, options, storage, tile, stage)
@@ -759,27 +791,33 @@ def launch_bounds(
     make_kernel: Callable[..., Any], options: Options, storage: Storage, tile: Tile, capability: tuple[int, int]
 ) -> tuple[int, int]:
     """Threads of a block and how many blocks a multiprocessor must be able to hold."""
-    threads = tile.columns * tile.chunks
-    # With one block more, some kernels would have to move registers to memory.
-    forward, backward = 640 if options.parts == 3 else 512, 384 if (8, 0) <= capability < (10, 0) else 256
-    if storage.real == float64:
-        forward, backward = 256, 256
-    return threads, max(1, (backward if make_kernel is backward_kernel else forward) // threads)
+    threads, backward = tile.columns * tile.chunks, make_kernel is backward_kernel
+    if storage.real == float64 or (tile.lanes == 2 and storage.number.bitwidth == 32):
+        resident = 256
+    elif not backward or tile.steps == 4:
+        resident = 512
+    else:
+        resident = 256 if tile.lanes == 2 or options.version == 2 else 384
+    if backward and capability >= (10, 0):  # for which the compiler takes more registers
+        resident //= 2
+    return threads, max(1, resident // threads)
 
 
-def _count_lanes(options: Options, u: Tensor, *arrays: Tensor | None) -> int:
-    """How many neighbouring numbers are loaded at once: two of 16 bits, if they can be everywhere.
+def _count_lanes(options: Options, columns: int, u: Tensor, *arrays: Tensor | None) -> int:
+    """How many neighbouring numbers are loaded at once: two, if they can be everywhere.
 
-    That is half as many loads, and as much of the address arithmetic. Numbers of 32 bits are loaded well enough one at
-    a time, and leave registers for more threads.
+    That is half as many loads, and as much of the address arithmetic. Few columns of 32 bits give every thread one.
     """
-    if u.itemsize != 2 or options.version != 1 or u.shape[-1] % 2:
+    if u.itemsize > 4 or options.version != 1 or u.shape[-1] % 2 or (u.itemsize == 4 and columns <= _FEW_COLUMNS):
         return 1
     addresses = u.data_ptr()
     for a in arrays:
         if a is not None:
             addresses |= a.data_ptr()
     return 2 if addresses % 8 == 0 else 1
+
+
+_FEW_COLUMNS = 2048
 
 
 def forward(
@@ -791,19 +829,20 @@ def forward(
     steps = len(u)  # L, and of sequences end to end all there are
     h, c_n = u.new_empty(*u.shape[:-3], D * H), bias.new_empty(B, D * H)
     plan = _plan(
-        forward_kernel, options, u.dtype, steps, B, D, H, _count_lanes(options, u, x, bias, weight_c, c_0, mask_c)
-    )
+        forward_kernel, options, u.dtype, steps, B, D, H,
+        _count_lanes(options, B * D * H, u, x, bias, weight_c, c_0, mask_c),
+    )  # fmt: skip
     saved = None
     if options.save_c:
         # Room for the shortest tiles that are chosen: torch.compile has to know the shape without the plan.
-        shortest = min(plan.tile.chunks * plan.tile.steps, STEPS_PER_STATE)
+        shortest = min(plan.tile.chunks * plan.tile.steps // plan.tile.states, STEPS_PER_STATE)
         saved = bias.new_empty(count_saved(options.padding, steps, B, shortest), D * H)
     if c_n.numel():
         decay, offset = (bias.new_empty(plan.spans, B, D * H) if plan.spans > 1 else None for _ in range(2))
         arrays = u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, decay, offset
         numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
         for kernel in plan.kernels:
-            cuda_launch.launch(kernel, u.get_device(), plan.blocks, plan.block, arrays, scale_x, numbers)
+            cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
     return h, c_n, saved
 
 
@@ -816,7 +855,7 @@ def backward(
     steps = len(u)  # L, and of sequences end to end all there are
     plan = _plan(
         backward_kernel, options._replace(has_c_0=False, save_c=True), u.dtype, steps, B, D, H,
-        _count_lanes(options, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
+        _count_lanes(options, B * D * H, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
     )  # fmt: skip
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
     grad_c_0, sum_bias = torch.empty_like(grad_c_n), bias.new_empty(plan.spans * B, D, 2, H)
@@ -829,5 +868,5 @@ def backward(
         )  # fmt: skip
         numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
         for kernel in plan.kernels:
-            cuda_launch.launch(kernel, u.get_device(), plan.blocks, plan.block, arrays, scale_x, numbers)
+            cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
     return grad_u, grad_x, sum_bias.sum(0), None if sum_weight_c is None else sum_weight_c.sum(0), grad_c_0

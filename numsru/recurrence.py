@@ -19,7 +19,7 @@ import math
 from typing import NamedTuple
 
 # Codes for the compile-time choices below; kernels freeze them, so a branch on one costs nothing at run time.
-IDENTITY, TANH, RELU, SELU = range(4)
+IDENTITY, TANH, RELU, SELU, COARSE_TANH = range(5)
 NONLINEARITIES = {"identity": IDENTITY, "tanh": TANH, "relu": RELU, "selu": SELU}
 
 PAPER, HIGHWAY = range(2)
@@ -75,11 +75,21 @@ def sigmoid(x):
     return e / (1 + e)
 
 
+def coarse_tanh(x):
+    """tanh, for results that are rounded to 8 bits."""
+    return tanh(x)
+
+
 def gate(u, bias, weight, c, version):
     """Forget or reset gate; only version 2 sees the state c of the step before."""
     if version == 2:
         return sigmoid(u + bias + weight * c)
     return sigmoid(u + bias)
+
+
+def coarse_gate(u, bias, weight, c, version):
+    """A gate that no later step depends on, for results that are rounded to 8 bits."""
+    return gate(u, bias, weight, c, version)
 
 
 def next_state(f, candidate, c):
@@ -90,6 +100,8 @@ def activate(c, nonlinearity):
     """g(c). The comparisons are chosen so that NaN stays NaN."""
     if nonlinearity == TANH:
         return tanh(c)
+    if nonlinearity == COARSE_TANH:
+        return coarse_tanh(c)
     if nonlinearity == RELU and c < type(c)(0):
         return type(c)(0)
     if nonlinearity == SELU:
@@ -103,6 +115,8 @@ def activate(c, nonlinearity):
 def activate_grad(c, g, nonlinearity):
     """g'(c), where g = activate(c)."""
     if nonlinearity == TANH:
+        return type(c)(1) - g * g
+    if nonlinearity == COARSE_TANH:
         return type(c)(1) - g * g
     if nonlinearity == RELU and c <= type(c)(0):
         return type(c)(0)
@@ -164,4 +178,7 @@ def backward_step(
 
 
 # What a backend has to compile besides `exp`, `tanh` and `sigmoid`.
-COMPOSED = (gate, next_state, activate, activate_grad, output, output_grads, forget_slope, state_grads, backward_step)
+COMPOSED = (
+    gate, coarse_gate, coarse_tanh, next_state, activate, activate_grad, output, output_grads, forget_slope,
+    state_grads, backward_step,
+)  # fmt: skip

@@ -106,5 +106,4 @@ def _flat(kernel: Any, arrays: tuple[torch.Tensor | None, ...], factor: float, n
             bits = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.itemsize, flat.dtype)).numpy()
             a = bits.view(getattr(np, pointer.dtype.name))
         values.append(a)
-    real = np.float32 if float32 in kernel.signature.args else np.float64
-    return [*values, real(factor), *map(np.int64, numbers)]
+    return [*values, kernel.real(factor), *map(np.int64, numbers)]

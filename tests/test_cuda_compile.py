@@ -38,9 +38,13 @@ from numba.cuda.cudadrv.error import NvvmSupportError  # the simulator has none
 
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# The tiles that are chosen for many columns and for few, and those of pairs of 16 bits.
-MANY, MANY_IN_PAIRS = Tile(128, 1, 8), Tile(64, 2, 4, 2)
-FEW, FEW_IN_PAIRS = Tile(16, 8, 8), Tile(8, 16, 4, 2)
+# The tiles that are chosen for many columns and for few, forward and backward, where pairs can be loaded and where not.
+MANY, FEW = (Tile(128, 1, 8), Tile(64, 2, 4)), (Tile(8, 16, 8),) * 2
+PAIRS, MORE_PAIRS = (Tile(16, 8, 8, 2, 2), Tile(16, 8, 4, 2)), (Tile(64, 2, 8, 2, 2), Tile(64, 2, 4, 2))
+PAIRS_OF_16_BITS = Tile(32, 8, 8, 2, 2), Tile(32, 8, 4, 2)
+FEW_PAIRS_OF_16_BITS = (Tile(16, 16, 8, 2),) * 2
+SPLIT = (Tile(16, 8, 8),) * 2
+ONE_CHUNK = (Tile(128, 1, 8),) * 2
 
 PLAIN = Options(save_c=True)
 RICH = Options(1, SELU, HIGHWAY, SKIP_PROJECTED, LENGTHS, has_c_0=True, has_mask_c=True, save_c=True)
@@ -51,21 +55,24 @@ RICH_2 = Options(2, TANH, padding=PACKED, has_c_0=True, has_mask_c=True, save_c=
 COMPILED = [
     (PLAIN, MANY, float32, WHOLE),
     (PLAIN, FEW, float32, WHOLE),
-    (PLAIN, FEW, float32, SPANS),
-    (PLAIN, MANY_IN_PAIRS, bfloat16, WHOLE),
-    (PLAIN, FEW_IN_PAIRS, bfloat16, WHOLE),
-    (PLAIN, FEW_IN_PAIRS, float16, WHOLE),
-    (PLAIN, FEW_IN_PAIRS, bfloat16, REDUCE_SPANS),
+    (PLAIN, PAIRS, float32, WHOLE),
+    (PLAIN, MORE_PAIRS, float32, WHOLE),
+    (PLAIN, SPLIT, float32, REDUCE_SPANS),
+    (PLAIN, SPLIT, float32, SPANS),
+    (PLAIN, PAIRS_OF_16_BITS, bfloat16, WHOLE),
+    (PLAIN, FEW_PAIRS_OF_16_BITS, bfloat16, WHOLE),
+    (PLAIN, FEW_PAIRS_OF_16_BITS, float16, WHOLE),
+    (PLAIN, FEW_PAIRS_OF_16_BITS, bfloat16, REDUCE_SPANS),
     (PLAIN, MANY, bfloat16, WHOLE),
     (RICH, FEW, float32, WHOLE),
+    (RICH, PAIRS, float32, WHOLE),
     (RICH, FEW, float64, WHOLE),
-    (RICH, FEW._replace(wide=True), float32, WHOLE),
-    (RICH, FEW_IN_PAIRS, bfloat16, WHOLE),
-    (BARE, FEW, float32, WHOLE),
-    (BARE, FEW_IN_PAIRS, bfloat16, WHOLE),
-    (PLAIN_2, MANY, float32, WHOLE),
-    (PLAIN_2, MANY, bfloat16, WHOLE),
-    (RICH_2, MANY, float64, WHOLE),
+    (RICH, PAIRS_OF_16_BITS, bfloat16, WHOLE),
+    (BARE, PAIRS, float32, WHOLE),
+    (BARE, FEW_PAIRS_OF_16_BITS, bfloat16, WHOLE),
+    (PLAIN_2, ONE_CHUNK, float32, WHOLE),
+    (PLAIN_2, ONE_CHUNK, bfloat16, WHOLE),
+    (RICH_2, ONE_CHUNK, float64, WHOLE),
 ]
 NAMES = {PLAIN: "plain", RICH: "rich", BARE: "bare", PLAIN_2: "plain", RICH_2: "rich"}
 STAGES = {WHOLE: "", REDUCE_SPANS: "-reduce", SPANS: "-spans"}
@@ -85,8 +92,8 @@ needs_compiler = pytest.mark.skipif(bool(reason := _why_not()), reason=reason)
 
 def kernels(compiled):
     ids = [
-        f"version_{o.version}-{NAMES[o]}-{t.chunks}x{t.lanes}{'-wide' * t.wide}-{str(dtype)[6:]}{STAGES[stage]}"
-        for o, t, dtype, stage in compiled
+        f"version_{o.version}-{NAMES[o]}-{t.chunks}x{t.lanes}-{str(dtype)[6:]}{STAGES[stage]}"
+        for o, (t, _), dtype, stage in compiled
     ]
     return pytest.mark.parametrize(("options", "tile", "dtype", "stage"), compiled, ids=ids)
 
@@ -156,8 +163,10 @@ print(hasattr(np, "row_stack"))
 @passes
 @kernels(COMPILED)
 def test_kernel_fits_into_registers(make_kernel, options, tile, dtype, stage, cc):
+    tile = tile[make_kernel is backward_kernel]
     registers, stack, spilled = _resources((make_kernel, options, tile, dtype, stage), cc)
-    assert (stack, spilled) == (0, 0)
+    # To fill the GPU with pairs of 16 bits, a few registers are moved to memory: measured, that is faster.
+    assert max(stack, spilled) <= (128 if tile.lanes == 2 and dtype.itemsize == 2 else 0)
     threads, blocks = cuda_kernels.launch_bounds(make_kernel, options, STORAGE[dtype], tile, cc[:2])
     warps = threads * blocks // 32
     assert -(-registers // 8) * 8 * 32 * warps <= 65536  # a multiprocessor's; a warp gets registers in eights
@@ -167,7 +176,7 @@ def test_kernel_fits_into_registers(make_kernel, options, tile, dtype, stage, cc
 @passes
 @kernels(COMPILED)
 def test_kernel_calls_nothing(make_kernel, options, tile, dtype, stage):
-    ptx = _ptx((make_kernel, options, tile, dtype, stage))
+    ptx = _ptx((make_kernel, options, tile[make_kernel is backward_kernel], dtype, stage))
     assert ".entry" in ptx
     assert not re.search(r"\bcall\b", ptx)
 
@@ -176,7 +185,7 @@ def test_kernel_calls_nothing(make_kernel, options, tile, dtype, stage):
 @passes
 @kernels([c for c in COMPILED if c[2] != float64])
 def test_float32_kernel_has_no_float64_instruction(make_kernel, options, tile, dtype, stage):
-    assert ".f64" not in _ptx((make_kernel, options, tile, dtype, stage))
+    assert ".f64" not in _ptx((make_kernel, options, tile[make_kernel is backward_kernel], dtype, stage))
 
 
 @pytest.mark.parametrize("error", [NvvmSupportError, DynamicLibNotFoundError])
@@ -185,9 +194,8 @@ def test_missing_compiler_is_named(monkeypatch, error):
         raise error("no libnvvm")
 
     monkeypatch.setattr(cuda, "jit", jit)
-    monkeypatch.setattr(cuda_launch, "Device", lambda index: types.SimpleNamespace(set_current=lambda: None))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], MANY, WHOLE)
+    kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], MANY[0], WHOLE)
     with pytest.raises(RuntimeError, match=r"no libnvvm.*pip install 'numsru\[cuda1[23]\]'"):
         cuda_launch._compile(kernel, 0)

@@ -14,7 +14,7 @@ from cases import (
 )
 from cuda_without_gpu import emulate, simulate, why_not
 
-from numsru import autograd, cuda_kernels, cuda_launch, reference, sru_recurrence
+from numsru import autograd, cuda_kernels, cuda_launch, recurrence, reference, sru_recurrence
 from numsru.cuda_kernels import STORAGE, Tile
 from numsru.recurrence import Options
 
@@ -144,8 +144,9 @@ CHUNKED = [
 @pytest.mark.parametrize(("chunks", "case"), CHUNKED, ids=lambda value: str(value))
 def test_chosen_tiles_match_the_float64_reference(run, monkeypatch, chunks, case):
     columns = case.B * case.D * case.H
-    monkeypatch.setattr(cuda_kernels, "_WANTED_THREADS", chunks * columns)  # as if so many columns filled a GPU
-    tile = cuda_kernels.choose_tile(Options(version=case.version), STORAGE[case.dtype], case.L, columns, lanes=1)
+    monkeypatch.setattr(cuda_kernels, "_WANTED_COLUMNS", chunks * max(1, columns))  # as if so many columns filled a GPU
+    options, storage = Options(version=case.version), STORAGE[case.dtype]
+    tile = cuda_kernels.choose_tile(False, options, storage, case.L, columns, lanes=1)
     assert tile.chunks == chunks
     assert_matches_reference(run, case)
 
@@ -202,7 +203,7 @@ def test_pairs_match_the_float64_reference(run, set_tile, tile, case):
 )
 def test_time_in_spans_matches_the_float64_reference(run, set_tile, monkeypatch, case, spans):
     set_tile(Tile(4, 2, 2))
-    monkeypatch.setattr(cuda_kernels, "_MANY_STEPS", 1)
+    monkeypatch.setattr(cuda_kernels, "_SPLIT_STEPS", 1)
     monkeypatch.setattr(cuda_kernels, "_MOST_SPANS", spans)
     chosen = cuda_kernels._choose_spans(Options(), Tile(4, 2, 2), case.L, case.B * case.D * case.H)[0]
     assert 1 < chosen <= spans
@@ -212,14 +213,16 @@ def test_time_in_spans_matches_the_float64_reference(run, set_tile, monkeypatch,
 @pytest.mark.parametrize(
     ("options", "L", "columns", "split"),
     [
-        (Options(), 4096, 1024, True),
-        (Options(), 4095, 1024, False),
-        (Options(), 4096, 1025, False),
-        (Options(version=2), 4096, 64, False),
+        (Options(), 1024, 1024, True),
+        (Options(), 1023, 1024, False),
+        (Options(), 1024, 1025, False),
+        (Options(padding=recurrence.PACKED), 1024, 64, False),
+        (Options(version=2), 1024, 64, False),
     ],
 )
-def test_time_is_split_for_few_columns_and_many_steps(options, L, columns, split):
-    tile = cuda_kernels.choose_tile(options, STORAGE[torch.float32], L, columns, 1)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_time_is_split_for_few_columns_and_many_steps(backward, options, L, columns, split):
+    tile = cuda_kernels.choose_tile(backward, options, STORAGE[torch.float32], L, columns, 1)
     spans, tiles = cuda_kernels._choose_spans(options, tile, L, columns)
     assert (spans > 1) == split
     assert spans * tiles * tile.chunks * tile.steps >= L
@@ -329,24 +332,62 @@ def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case
     assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
 
 
+float32, bfloat16 = torch.float32, torch.bfloat16
+
+
 @pytest.mark.parametrize(
-    ("version", "L", "columns", "lanes", "tile"),
+    ("L", "columns", "dtype", "lanes", "forward", "backward"),
     [
-        (1, 0, 100, 1, Tile(32, 1, 8)),
-        (1, 8, 10**6, 1, Tile(128, 1, 8)),
-        (1, 9, 10**6, 1, Tile(128, 1, 8)),
-        (1, 9, 10**4, 1, Tile(64, 2, 8)),
-        (1, 32, 10**4, 1, Tile(32, 4, 8)),
-        (1, 1000, 10**4, 1, Tile(16, 8, 8)),
-        (1, 1000, 10**4, 2, Tile(8, 16, 4, 2)),
-        (1, 1000, 100, 1, Tile(8, 8, 8)),
-        (1, 1000, 132 * 192, 2, Tile(32, 4, 4, 2)),
-        (1, 1000, 132 * 384, 2, Tile(64, 2, 4, 2)),
-        (2, 1000, 100, 1, Tile(32, 1, 8)),
-        (2, 1000, 10**6, 1, Tile(128, 1, 8)),
+        (1000, 10**6, float32, 2, Tile(128, 1, 8, 2), Tile(64, 2, 4, 2)),
+        (1000, 2**15, float32, 2, Tile(64, 2, 8, 2, 2), Tile(64, 2, 4, 2)),
+        (1000, 2**14, float32, 2, Tile(32, 4, 8, 2, 2), Tile(32, 4, 4, 2)),
+        (1000, 2**14, float32, 1, Tile(32, 4, 8, 1, 2), Tile(32, 4, 4)),
+        (1000, 2**13, float32, 2, Tile(16, 8, 8, 2, 2), Tile(16, 8, 4, 2)),
+        (1000, 2**12, float32, 2, Tile(8, 16, 8, 2, 2), Tile(8, 16, 4, 2)),
+        (1000, 2**11, float32, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
+        (1000, 100, float32, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
+        (2000, 100, float32, 1, Tile(16, 8, 8), Tile(16, 8, 8)),
+        (2000, 100, bfloat16, 2, Tile(8, 8, 8, 2), Tile(8, 8, 8, 2)),
+        (1000, 2**15, bfloat16, 2, Tile(64, 4, 8, 2, 2), Tile(64, 4, 4, 2)),
+        (1000, 2**14, bfloat16, 2, Tile(32, 8, 8, 2, 2), Tile(32, 8, 4, 2)),
+        (1000, 2**13, bfloat16, 2, Tile(16, 16, 8, 2, 2), Tile(16, 16, 4, 2)),
+        (1000, 2**12, bfloat16, 2, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+        (1000, 2**12, bfloat16, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
+        (0, 2**14, float32, 2, Tile(64, 1, 8, 2), Tile(64, 2, 4, 2)),
+        (8, 2**14, float32, 2, Tile(64, 1, 8, 2), Tile(64, 2, 4, 2)),
+        (9, 2**14, float32, 2, Tile(64, 2, 8, 2), Tile(32, 4, 4, 2)),
+        (32, 2**12, float32, 2, Tile(16, 4, 8, 2), Tile(16, 8, 4, 2)),
     ],
 )
-def test_few_columns_get_many_chunks(version, L, columns, lanes, tile):
-    storage = STORAGE[torch.bfloat16 if lanes == 2 else torch.float32]
-    chosen = cuda_kernels.choose_tile(Options(version=version), storage, L, columns, lanes)
-    assert chosen == tile
+def test_few_columns_get_many_chunks(L, columns, dtype, lanes, forward, backward):
+    chosen = [cuda_kernels.choose_tile(b, Options(), STORAGE[dtype], L, columns, lanes) for b in (False, True)]
+    assert chosen == [forward, backward]
+
+
+@pytest.mark.parametrize(("columns", "width"), [(100, 32), (10**6, 128)])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_version_2_has_one_chunk(backward, columns, width):
+    chosen = cuda_kernels.choose_tile(backward, Options(version=2), STORAGE[float32], 1000, columns, 1)
+    assert chosen == Tile(width, 1, 8)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("L", [0, 1, 7, 8, 9, 100, 1023, 1024, 5000])
+def test_backward_finds_the_states_that_forward_keeps(L, dtype, version):
+    for columns in (1, 33, 1000, 1025, 2**12, 3 * 2**12, 2**14, 10**5, 10**7):
+        tiles = [
+            cuda_kernels.choose_tile(backward, Options(version=version), STORAGE[dtype], L, columns, lanes)
+            for backward in (False, True) for lanes in (1, 2)[: 1 if version == 2 or dtype == torch.float64 else 2]
+        ]  # fmt: skip
+        (distance,) = {tile.chunks * tile.steps // tile.states for tile in tiles}
+        assert distance >= recurrence.STEPS_PER_STATE
+        for tile in tiles:
+            assert tile.chunks % tile.states == 0
+            assert tile.chunks * tile.steps == distance * tile.states
+
+
+@pytest.mark.parametrize(("steps", "B", "what"), [(2**31, 1, "steps"), (1, 2**30, "numbers of u in a step")])
+def test_too_large_arrays_are_refused(steps, B, what):
+    with pytest.raises(ValueError, match=rf"at most 2\^31 - 1 {what}"):
+        cuda_kernels._plan(cuda_kernels.forward_kernel, Options(), float32, steps, B, 1, 1, 1)

@@ -1,8 +1,6 @@
 """The launcher without a device: what reaches the driver, on which stream, and what is compiled when."""
 
 import contextlib
-import ctypes
-import struct
 import threading
 import types
 
@@ -10,14 +8,11 @@ import cuda_without_gpu  # noqa: F401  skips this file where numba.cuda cannot b
 import numpy as np
 import pytest
 import torch
-from cuda.bindings.driver import CUresult
 from numba import float32, float64, int64
 from numba.types import CPointer, void
 
 from numsru import cuda_launch
 from numsru.cuda_launch import Kernel
-
-HANDLES = {"function on 0": 10, "function on 1": 11, "other_function on 0": 20}
 
 
 class Driver:
@@ -25,8 +20,7 @@ class Driver:
 
     def __init__(self):
         self.stream, self.device, self.capturing, self.compiled, self.launched = 70, 0, False, [], []
-        self.contexts = {}  # by thread, the device whose context is current
-        self.without_context, self.error = CUresult.CUDA_ERROR_INVALID_CONTEXT, CUresult.CUDA_SUCCESS
+        self.bound = []  # (thread, device)
 
     @contextlib.contextmanager
     def use(self, device):
@@ -34,49 +28,37 @@ class Driver:
         yield
         self.device = before
 
-    def set_context(self, device):
-        self.contexts[threading.get_ident()] = device
-
     def jit(self, signature, launch_bounds):
         def compile_for_device(function):
             self.compiled.append((function, launch_bounds, self.device))
-            compiled = types.SimpleNamespace(handle=f"{function.__name__} on {self.device}")
+            compiled = types.SimpleNamespace(kernel=f"{function.__name__} on {self.device}")
             library = types.SimpleNamespace(get_cufunc=lambda: compiled)
             return types.SimpleNamespace(overloads={signature.args: types.SimpleNamespace(library=library)})
 
         return compile_for_device
 
-    def launch(self, function, *others):
-        *shape, shared, stream, pointers, extra = others
-        if self.contexts.get(threading.get_ident()) != self.device:
-            return int(self.without_context)
-        pairs = (ctypes.c_void_p * 5).from_buffer(extra)
-        assert (shared, pointers, pairs[0], pairs[2], pairs[4]) == (0, None, 1, 2, None)
-        size = ctypes.c_size_t.from_address(pairs[3]).value
-        made = types.SimpleNamespace(
-            stream=stream, shape=tuple(shape), function=function, arguments=ctypes.string_at(pairs[1], size)
+    def launch(self, stream, config, compiled, *values):
+        launch = types.SimpleNamespace(
+            stream=stream, config=config, compiled=compiled, values=values, device=self.device
         )
-        self.launched.append(made)
-        return int(self.error)
+        self.launched.append(launch)
 
 
 @pytest.fixture
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "device", driver.use)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.capturing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device))
-    monkeypatch.setattr(cuda_launch, "_current_device", lambda: driver.device)
     monkeypatch.setattr(cuda_launch, "_current_stream", lambda device: driver.stream + device)
-    monkeypatch.setattr(cuda_launch, "_launch_kernel", lambda: driver.launch)
+    monkeypatch.setattr(cuda_launch, "Stream", types.SimpleNamespace(from_handle=lambda handle: ("stream", handle)))
+    monkeypatch.setattr(cuda_launch, "launch_on_stream", driver.launch)
     monkeypatch.setattr(cuda_launch.cuda, "jit", driver.jit)
-    monkeypatch.setattr(
-        cuda_launch.driver, "cuKernelGetFunction", lambda handle: (CUresult.CUDA_SUCCESS, HANDLES[handle])
-    )
-    set_context = driver.set_context
-    monkeypatch.setattr(
-        cuda_launch, "Device", lambda index: types.SimpleNamespace(set_current=lambda: set_context(index))
-    )
+    monkeypatch.setattr(cuda_launch, "_streams", {})
+    monkeypatch.setattr(cuda_launch, "_thread", cuda_launch._Thread())
+    bind = lambda index: driver.bound.append((threading.get_ident(), index))  # noqa: E731
+    monkeypatch.setattr(cuda_launch, "Device", lambda index: types.SimpleNamespace(set_current=lambda: bind(index)))
     return driver
 
 
@@ -92,38 +74,60 @@ def make_kernel(function=function, real=float32):
     return Kernel(function, void(CPointer(real), CPointer(real), real, int64, int64), lambda cc: (128, cc[0]))
 
 
-def launch(kernel=None, device=0, a=None, x=0.5, n=7):
+DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def launch(kernel=None, device=DEVICE, a=None, x=0.5, n=7):
     cuda_launch.launch(kernel or make_kernel(), device, (3, 2), (32, 4), (a, None), x, (n, 8))
 
 
-# As C lays out the kernel's parameters: 64 bits each, a float in the lower half.
-LAYOUT = {float32: "<QQf4xqq", float64: "<QQdqq"}
-
-
-@pytest.mark.parametrize("real", [float32, float64], ids=str)
-def test_arguments_are_laid_out_as_the_kernel_expects_them(driver, real):
+def test_tensors_become_addresses(driver):
     a = torch.zeros(4)
-    launch(make_kernel(real=real), a=a[1:], x=0.1, n=2**40)
-    x = float(np.float32(0.1)) if real == float32 else 0.1
-    arguments = driver.launched[0].arguments
-    assert struct.unpack(LAYOUT[real], arguments) == (a.data_ptr() + 4, 0, x, 2**40, 8)
+    launch(a=a[1:])
+    value = driver.launched[0].values[0]
+    assert type(value) is int
+    assert value == a.data_ptr() + 4
+
+
+def test_none_becomes_a_null_pointer(driver):
+    launch()
+    value = driver.launched[0].values[1]
+    assert type(value) is int
+    assert value == 0
+
+
+@pytest.mark.parametrize(("real", "scalar"), [(float32, np.float32), (float64, np.float64)], ids=["float32", "float64"])
+def test_numbers_have_the_types_of_the_kernel(driver, real, scalar):
+    launch(make_kernel(real=real), x=0.1)
+    x, *numbers = driver.launched[0].values[2:]
+    assert (type(x), x) == (scalar, scalar(0.1))
+    assert [(type(n), n) for n in numbers] == [(int, 7), (int, 8)]  # which cuda.core passes on as 64 bits
+
+
+def test_arguments_keep_their_order(driver):
+    a = torch.zeros(4)
+    launch(a=a, x=2.0, n=2**40)
+    assert driver.launched[0].values == (a.data_ptr(), 0, 2.0, 2**40, 8)
 
 
 def test_grid_has_the_given_shape(driver):
     launch()
-    assert driver.launched[0].shape == (3, 2, 1, 32, 4, 1)
+    config = driver.launched[0].config
+    assert tuple(config.grid) == (3, 2, 1)
+    assert tuple(config.block) == (32, 4, 1)
 
 
 def test_stream_is_sampled_at_every_launch(driver):
     for driver.stream in (70, 80, 70):
         launch()
-    assert [made.stream for made in driver.launched] == [70, 80, 70]
+    assert [made.stream for made in driver.launched] == [("stream", 70), ("stream", 80), ("stream", 70)]
 
 
 def test_device_of_the_tensors_is_current_during_the_launch(driver):
-    launch(device=1)
+    launch(device=OTHER_DEVICE)
     made = driver.launched[0]
-    assert (made.function, made.stream) == (11, 71)
+    assert made.device == 1
+    assert made.stream == ("stream", 71)
     assert driver.compiled == [(function, (128, 9), 1)]
     assert driver.device == 0
 
@@ -133,21 +137,21 @@ def test_kernel_is_compiled_once(driver):
     launch(kernel)
     launch(kernel)
     assert driver.compiled == [(function, (128, 9), 0)]
-    assert [made.function for made in driver.launched] == [10, 10]
+    assert [made.compiled for made in driver.launched] == ["function on 0"] * 2
 
 
 def test_another_device_compiles_again(driver):
     kernel = make_kernel()
-    for device in (0, 1, 0):
+    for device in (DEVICE, OTHER_DEVICE, DEVICE):
         launch(kernel, device)
     assert [device for _, _, device in driver.compiled] == [0, 1]
-    assert [made.function for made in driver.launched] == [10, 11, 10]
+    assert [made.compiled for made in driver.launched] == ["function on 0", "function on 1", "function on 0"]
 
 
 def test_another_kernel_is_compiled_for_itself(driver):
     launch()
     launch(make_kernel(other_function))
-    assert [made.function for made in driver.launched] == [10, 20]
+    assert [made.compiled for made in driver.launched] == ["function on 0", "other_function on 0"]
 
 
 def test_nothing_is_compiled_into_a_graph(driver):
@@ -162,18 +166,13 @@ def test_nothing_is_compiled_into_a_graph(driver):
     assert len(driver.launched) == 2
 
 
-@pytest.mark.parametrize("error", [CUresult.CUDA_ERROR_INVALID_CONTEXT, CUresult.CUDA_ERROR_INVALID_HANDLE])
-def test_threads_need_no_context(driver, error):
+def test_every_thread_makes_the_context_current_before_its_first_launch(driver):
     kernel = make_kernel()
-    launch(kernel)
-    driver.without_context = error
+    for _ in range(2):
+        launch(kernel)
     thread = threading.Thread(target=launch, args=(kernel,))
     thread.start()
+    other = thread.ident
     thread.join()
-    assert len(driver.launched) == 2
-
-
-def test_errors_of_the_driver_are_named(driver):
-    driver.error = CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
-    with pytest.raises(RuntimeError, match="launch of a CUDA kernel failed: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
-        launch()
+    assert driver.bound == [(threading.get_ident(), 0), (other, 0)]
+    assert len(driver.launched) == 3

@@ -5,27 +5,50 @@ import pytest
 import torch
 
 from numsru import cuda_kernels, cuda_launch
-from numsru.recurrence import HIGHWAY, IDENTITY, LENGTHS, NO_SKIP, SELU, SKIP_INPUT, SKIP_PROJECTED, Options
+from numsru.recurrence import (
+    HIGHWAY,
+    IDENTITY,
+    LENGTHS,
+    MASK,
+    NO_SKIP,
+    PACKED,
+    SELU,
+    SKIP_INPUT,
+    SKIP_PROJECTED,
+    Options,
+)
 
 if reason := cuda_without_gpu.why_not("emulator"):
     pytest.skip(reason, allow_module_level=True)
 
-float32, bfloat16 = torch.float32, torch.bfloat16
+float32, bfloat16, float64 = torch.float32, torch.bfloat16, torch.float64
 L, B, H = 512, 2, 96  # all tiles are full, rows and blocks begin at sectors
 PLAIN = Options(save_c=True)
 PROJECTED = Options(1, SELU, HIGHWAY, SKIP_PROJECTED, LENGTHS, has_mask_c=True, save_c=True)
 BARE = Options(nonlinearity=IDENTITY, skip=NO_SKIP, save_c=True)
+MASKED = PLAIN._replace(padding=MASK)
+END_TO_END = PLAIN._replace(padding=PACKED)
 VERSION_2 = Options(2, IDENTITY, save_c=True)
 
-# Thread instructions for each element, forward and backward: a tenth above what they are.
+# Chunks of a tile, pairs of numbers or not; thread instructions for each element, forward and backward: a tenth above
+# what they are.
 CASES = [
-    pytest.param(PLAIN, 1, float32, (75, 126), id="plain-float32"),
-    pytest.param(PLAIN, 1, bfloat16, (78, 130), id="plain-bfloat16"),
-    pytest.param(PLAIN, 2, float32, (75, 126), id="plain-bidirectional-float32"),
-    pytest.param(PROJECTED, 2, float32, (78, 141), id="projected-lengths-bidirectional-float32"),
-    pytest.param(BARE, 1, float32, (56, 94), id="no_highway-float32"),
-    pytest.param(VERSION_2, 1, float32, (54, 101), id="version_2-float32"),
-    pytest.param(VERSION_2, 1, bfloat16, (63, 112), id="version_2-bfloat16"),
+    pytest.param(PLAIN, 1, float32, 1, True, (74, 132), id="plain-float32-1"),
+    pytest.param(PLAIN, 1, float32, 2, True, (80, 132), id="plain-float32-2"),
+    pytest.param(PLAIN, 1, float32, 4, True, (61, 103), id="plain-float32-4"),
+    pytest.param(PLAIN, 1, float32, 8, True, (64, 112), id="plain-float32-8"),
+    pytest.param(PLAIN, 1, float32, 8, False, (84, 140), id="plain-float32-8-single"),
+    pytest.param(PLAIN, 2, float32, 16, False, (95, 165), id="plain-bidirectional-float32-16"),
+    pytest.param(PLAIN, 1, bfloat16, 4, True, (66, 118), id="plain-bfloat16-4"),
+    pytest.param(PLAIN, 1, bfloat16, 8, True, (52, 97), id="plain-bfloat16-8"),
+    pytest.param(PLAIN, 1, bfloat16, 16, True, (58, 113), id="plain-bfloat16-16"),
+    pytest.param(PLAIN, 1, float64, 4, False, (201, 256), id="plain-float64-4"),
+    pytest.param(PROJECTED, 2, float32, 4, True, (63, 115), id="projected-lengths-bidirectional-float32-4"),
+    pytest.param(MASKED, 1, float32, 4, True, (69, 115), id="mask-float32-4"),
+    pytest.param(END_TO_END, 1, float32, 4, True, (62, 104), id="packed-float32-4"),
+    pytest.param(BARE, 1, float32, 4, True, (43, 75), id="no_highway-float32-4"),
+    pytest.param(VERSION_2, 1, float32, 1, False, (77, 138), id="version_2-float32"),
+    pytest.param(VERSION_2, 1, bfloat16, 1, False, (82, 147), id="version_2-bfloat16"),
 ]
 
 
@@ -38,7 +61,9 @@ def counted(monkeypatch):
         counts.append(cuda_without_gpu.run_emulator(kernel, blocks, block, arguments, stats=True).stats)
 
     monkeypatch.setattr(cuda_launch, "launch", launch)
-    return counts
+    cuda_kernels._plan.cache_clear()
+    yield counts
+    cuda_kernels._plan.cache_clear()
 
 
 def run_both(options, D, dtype):
@@ -48,34 +73,74 @@ def run_both(options, D, dtype):
     def randn(*shape, dtype=None):
         return torch.randn(*shape).to(dtype or real)
 
-    real = torch.float64 if dtype == torch.float64 else float32
-    x = randn(L, B, D * H, dtype=dtype) if options.skip == SKIP_INPUT else None
+    real = float64 if dtype == float64 else float32
+    leading = (L * B,) if options.padding == PACKED else (L, B)
+    x = randn(*leading, D * H, dtype=dtype) if options.skip == SKIP_INPUT else None
     weight_c = randn(D, 2, H) if options.version == 2 else None
     mask_c = randn(B, D * H) if options.has_mask_c else None
-    valid = torch.full((B,), L) if options.padding == LENGTHS else None
-    u, bias = randn(L, B, D, options.parts, H, dtype=dtype), randn(D, 2, H)
+    valid = {
+        LENGTHS: torch.full((B,), L),
+        MASK: torch.zeros(L, B, dtype=torch.bool),
+        PACKED: torch.arange(B + 1) * L,
+    }.get(options.padding)
+    u, bias = randn(*leading, D, options.parts, H, dtype=dtype), randn(D, 2, H)
     _, _, saved = cuda_kernels.forward(options, u, x, bias, weight_c, None, mask_c, valid, 1.0, L, B)
-    grads = randn(L, B, D * H, dtype=dtype), randn(B, D * H)
+    grads = randn(*leading, D * H, dtype=dtype), randn(B, D * H)
     cuda_kernels.backward(options, u, x, bias, weight_c, mask_c, valid, 1.0, L, B, saved, *grads)
 
 
-@pytest.mark.parametrize(("options", "D", "dtype", "instructions"), CASES)
-def test_kernels_move_no_more_than_they_must_in_few_instructions(counted, options, D, dtype, instructions):
+def as_if_many_columns(monkeypatch, columns, dtype, chunks, pairs):
+    """Let few columns be computed in the tiles that are chosen for many."""
+    monkeypatch.setattr(cuda_kernels, "_WANTED_COLUMNS", chunks * columns // (2 if dtype == bfloat16 else 1))
+    monkeypatch.setattr(cuda_kernels, "_FEW_COLUMNS", 0 if pairs else columns)
+    monkeypatch.setattr(cuda_kernels, "_FEWEST_BLOCKS", 1)
+
+
+@pytest.mark.parametrize(("options", "D", "dtype", "chunks", "pairs", "instructions"), CASES)
+def test_kernels_move_no_more_than_they_must_in_few_instructions(
+    counted, monkeypatch, options, D, dtype, chunks, pairs, instructions
+):
+    columns = B * D * H
+    as_if_many_columns(monkeypatch, columns, dtype, chunks, pairs)
+    lanes = 2 if pairs else 1
+    storage = cuda_kernels.STORAGE[dtype]
+    forward, backward = (cuda_kernels.choose_tile(b, options, storage, L, columns, lanes) for b in (False, True))
+    assert (forward.chunks, forward.lanes) == (chunks, lanes)
     run_both(options, D, dtype)
-    elements = L * B * D * H
+    elements = L * columns
     inputs = options.parts + (options.skip == SKIP_INPUT)
     arrays = inputs + 1, 2 * inputs + 1  # forward reads its inputs and writes h; backward also reads dL/dh
+    # A state of every tile of backward, and the mask.
+    others = columns * (8 if dtype == float64 else 4) * L // (backward.chunks * backward.steps)
+    others += elements // lanes * (options.padding == MASK)
     assert len(counted) == 2
     for stats, count, budget in zip(counted, arrays, instructions, strict=True):
-        tiles = L // (64 if options.version == 1 else 8)
-        least = elements * count * dtype.itemsize + 4 * tiles * B * D * H  # with a state for every tile
+        least = elements * count * dtype.itemsize + others
         assert least <= stats.global_load_bytes + stats.global_store_bytes <= 1.05 * least
         assert stats.coalescing >= 0.95
         assert stats.instructions <= budget * elements
 
 
-@pytest.mark.parametrize(("D", "dtype", "bytes_at_once"), [(1, float32, 4), (2, bfloat16, 4), (1, torch.float64, 8)])
-def test_threads_load_words(counted, D, dtype, bytes_at_once):
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_reading_for_spans_is_all_that_they_cost(counted, monkeypatch, dtype):
+    monkeypatch.setattr(cuda_kernels, "_SPLIT_STEPS", L)
+    monkeypatch.setattr(cuda_kernels, "_MOST_SPANS", 2)
+    run_both(PLAIN, 1, dtype)
+    elements = L * B * H
+    assert len(counted) == 4
+    # Forward reduces candidate and forget gate; backward the reset gate and dL/dh besides.
+    for stats, count in zip(counted, (2, 5, 4, 9), strict=True):
+        least = elements * count * dtype.itemsize
+        assert least <= stats.global_load_bytes + stats.global_store_bytes <= 1.2 * least
+        assert stats.coalescing >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "pairs", "bytes_at_once"),
+    [(1, float32, True, 8), (1, float32, False, 4), (2, bfloat16, True, 4), (1, float64, False, 8)],
+)
+def test_threads_load_words(counted, monkeypatch, D, dtype, pairs, bytes_at_once):
+    as_if_many_columns(monkeypatch, B * D * H, dtype, 4, pairs)
     run_both(PLAIN, D, dtype)
     for stats in counted:
         moved = stats.global_load_bytes + stats.global_store_bytes

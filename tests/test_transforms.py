@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import numsru
-from numsru import SRU, SRUCell, autograd, compat, reference, sru_recurrence
+from numsru import SRU, SRUCell, autograd, compat, nn, reference, sru_recurrence
 
 F64 = torch.float64
 # From torch's own imports.
