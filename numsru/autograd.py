@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_kernels, operators, reference
+from . import operators, reference
 from .backend import check_not_traced, is_autocast, is_transformed, may_look, uses_operators, uses_reference
 from .backend import kernels_for as _kernels
 from .operators import check_lengths, check_rise
@@ -390,15 +390,12 @@ def _plain_call(
 
 
 def _layer_without_gradients(
-    call: _Call, x: Tensor | None, v: Tensor, weight: Tensor, *tensors: Any
-) -> tuple[Tensor, Tensor]:
-    if call.kernels is cpu_kernels:
-        bias, weight_c, c_0, mask_c, valid = tensors
-        return cpu_kernels.layer_forward(
-            call.options, v, weight, x, bias, weight_c, c_0, mask_c, valid, call.scale_x, call.L, call.B, call.D
-        )
-    h, c_n, _ = call.forward(_project(call, v, weight), x, *tensors)
-    return h, c_n
+    call: _Call, x: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor | None,
+    c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return call.kernels.layer_forward(  # type: ignore[no-any-return]
+        call.options, v, weight, x, bias, weight_c, c_0, mask_c, valid, call.scale_x, call.L, call.B, call.D
+    )
 
 
 def _project(call: _Call, v: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from numba import cuda, float32, float64, int32, int64, types, uint8, uint32, uint64
 from numba.types import float16
 from torch import Tensor
@@ -710,7 +711,7 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
     def chunks_of(steps: int) -> int:
         if options.version == 2:
             return 1
-        return max(STEPS_PER_STATE // steps, min(2 ** round(math.log2(wanted)), most, longest // steps))
+        return max(STEPS_PER_STATE // steps, min(int(2 ** round(math.log2(wanted))), most, longest // steps))
 
     halved = options.version == 1 and wanted < 2 * _MOST_CHUNKS
     distance = chunks_of(4) * 4 if halved else chunks_of(8) * 8
@@ -803,12 +804,12 @@ def launch_bounds(
     return threads, max(1, resident // threads)
 
 
-def _count_lanes(options: Options, columns: int, u: Tensor, *arrays: Tensor | None) -> int:
+def _count_lanes(options: Options, columns: int, H: int, u: Tensor, *arrays: Tensor | None) -> int:
     """How many neighbouring numbers are loaded at once: two, if they can be everywhere.
 
     That is half as many loads, and as much of the address arithmetic. Few columns of 32 bits give every thread one.
     """
-    if u.itemsize > 4 or options.version != 1 or u.shape[-1] % 2 or (u.itemsize == 4 and columns <= _FEW_COLUMNS):
+    if u.itemsize > 4 or options.version != 1 or H % 2 or (u.itemsize == 4 and columns <= _FEW_COLUMNS):
         return 1
     addresses = u.data_ptr()
     for a in arrays:
@@ -824,23 +825,40 @@ def forward(
     options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
     mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """h, c_n and, with `save_c`, what backward needs of c: the states at the start of every tile."""
+    """h, c_n and, with `save_c`, what backward needs of c: states at the starts of its tiles."""
     D, H = u.shape[-3], u.shape[-1]
-    steps = len(u)  # L, and of sequences end to end all there are
-    h, c_n = u.new_empty(*u.shape[:-3], D * H), bias.new_empty(B, D * H)
-    plan = _plan(
-        forward_kernel, options, u.dtype, steps, B, D, H,
-        _count_lanes(options, B * D * H, u, x, bias, weight_c, c_0, mask_c),
-    )  # fmt: skip
+    return _forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, B, D, H, (*u.shape[:-3], D * H))
+
+
+def layer_forward(
+    options: Options, v: Tensor, weight: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None,
+    c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int, D: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """h and c_n of a layer without gradients."""
+    H = bias.shape[-1]
+    u = F.linear(v, weight)
+    h_shape = (*v.shape[:-1], D * H)
+    h, c_n, _ = _forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, B, D, H, h_shape)
+    return h, c_n
+
+
+def _forward(
+    options: Options, u: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None, c_0: Tensor | None,
+    mask_c: Tensor | None, valid: Tensor | None, scale_x: float, B: int, D: int, H: int, h_shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`forward` of u in any shape."""
+    steps = h_shape[0]  # L, and of sequences end to end all there are
+    h, c_n = u.new_empty(h_shape), bias.new_empty(B, D * H)
+    lanes = _count_lanes(options, B * D * H, H, u, x, bias, weight_c, c_0, mask_c)
+    plan = _plan(forward_kernel, options, u.dtype, steps, B, D, H, lanes)
     saved = None
     if options.save_c:
-        # Room for the shortest tiles that are chosen: torch.compile has to know the shape without the plan.
-        shortest = min(plan.tile.chunks * plan.tile.steps // plan.tile.states, STEPS_PER_STATE)
-        saved = bias.new_empty(count_saved(options.padding, steps, B, shortest), D * H)
-    if c_n.numel():
+        # Room for the closest states that are kept: torch.compile has to know the shape without the plan.
+        saved = bias.new_empty(count_saved(options.padding, steps, B), D * H)
+    if B * D * H:
         decay, offset = (bias.new_empty(plan.spans, B, D * H) if plan.spans > 1 else None for _ in range(2))
         arrays = u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, decay, offset
-        numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
+        numbers = steps, B, D, H // lanes, plan.span_tiles
         for kernel in plan.kernels:
             cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
     return h, c_n, saved
@@ -855,7 +873,7 @@ def backward(
     steps = len(u)  # L, and of sequences end to end all there are
     plan = _plan(
         backward_kernel, options._replace(has_c_0=False, save_c=True), u.dtype, steps, B, D, H,
-        _count_lanes(options, B * D * H, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
+        _count_lanes(options, B * D * H, H, u, x, bias, weight_c, mask_c, saved, grad_h, grad_c_n),
     )  # fmt: skip
     grad_u, grad_x = torch.empty_like(u), None if x is None else torch.empty_like(x)
     grad_c_0, sum_bias = torch.empty_like(grad_c_n), bias.new_empty(plan.spans * B, D, 2, H)

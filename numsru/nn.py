@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -218,10 +218,10 @@ class _SRUBase(nn.Module):
 
     def _plain_layer(self, i: int, x: Tensor, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
         """`_layer` where `_is_plain`."""
-        weight_c = getattr(self, f"weight_c_l{i}") if self.version == 2 else None
+        parameters = self._parameters
         return plain_sru_layer(
-            x, getattr(self, f"weight_l{i}"), getattr(self, f"bias_l{i}"), c_0, weight_c, self.num_directions,
-            self._skip(i), self._scale_x if self.rescale else 1.0, self.nonlinearity,
+            x, cast(Tensor, parameters[f"weight_l{i}"]), parameters[f"bias_l{i}"], c_0, parameters.get(f"weight_c_l{i}"),
+            2 if self.bidirectional else 1, self._skip(i), self._scale_x if self.rescale else 1.0, self.nonlinearity,
         )  # fmt: skip
 
     def _skip(self, i: int) -> int:
