@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks [speed | figure | ablation | predict]`."""
+"""The command line: `python -m benchmarks [speed | figure | ablation]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 import numsru
 
-from . import ablation, figure, machine, points, predict, report, speed
+from . import ablation, figure, machine, points, report, speed
 from .contestants import MismatchError
 from .timing import Settings
 
@@ -32,9 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.command == "predict":
-        _predict(arguments, chosen)
-        return 0
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: torch finds no CUDA device", file=sys.stderr)
@@ -58,10 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Times of numsru beside other layers.")
     parser.add_argument(
-        "command", nargs="?", default="speed", choices=("speed", "figure", "ablation", "predict"),
+        "command", nargs="?", default="speed", choices=("speed", "figure", "ablation"),
         help="speed: every contestant on a grid of shapes (default); figure: the two panels of the original "
-        "comparison; ablation: why it is fast, one change at a time; predict: times of the CUDA "
-        "kernels to be expected on an H200",
+        "comparison; ablation: why it is fast, one change at a time",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "tf32", "bfloat16"))
@@ -178,13 +174,3 @@ def _ablation(arguments: Any, settings: Settings, chosen: list[points.Point], _:
     if arguments.page is not None:
         report.replace_on_page(arguments.page, "ablation", f"{report.provenance(result)}\n{text}")
         report.write_plot(arguments.page.with_suffix(".png"), plot)
-
-
-def _predict(arguments: Any, chosen: list[points.Point]) -> None:
-    result = predict.run(chosen or points.CUDA)
-    text = predict.tables(result, predict.measured(arguments.out))
-    print(text)
-    path = arguments.out / "predicted_h200.json"
-    report.write_json(path, result)
-    about = "Made from counts and assumptions (predicted_h200.json), not measured."
-    report.write_text(path.with_suffix(".md"), f"# Predicted times of the recurrence on an H200\n\n{about}\n\n{text}")

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from .timing import Call, Settings, compare, copy_call, products, reason
 
 BASE = "numsru.SRU"
 GRAPHED = ", graphed"  # how the name of a contestant in CUDA graphs ends
+LONG = 1024  # steps beyond which what takes seconds is not measured
 PIECE = 64  # steps that the reference computes at a time
 PASSES = ("forward", "forward+backward")
 
@@ -51,12 +53,14 @@ def contestants(
         backend: Of `torch.compile`.
     """
     base, rnn = sru(point, settings)
-    found = [base, recurrent("nn.LSTM", nn.LSTM, point, settings), recurrent("nn.GRU", nn.GRU, point, settings)]
+    found = [base, recurrent("nn.LSTM", nn.LSTM, point, settings)]
+    if point.L <= LONG:
+        found.append(recurrent("nn.GRU", nn.GRU, point, settings))
     found += [convolution(k, point, settings) for k in (2, 3)]
     found += [product(route, rnn, point, settings) for route in products(settings.device)]
     if point.num_layers == 1 and not point.bidirectional and point.input_size == point.hidden_size:
         forms: dict[str, Callable[..., Tensor]] = {}
-        if point.L <= 1024:  # a step is several launches: hopeless, and slow to measure, beyond
+        if point.L <= LONG:  # a step is several launches: hopeless beyond
             forms["torch loop"] = loop
         if compiled:
             torch.compiler.reset()
@@ -66,7 +70,8 @@ def contestants(
             forms["sequential kernel"] = sequential_layer
         found += [of_sru(name, form, rnn, base) for name, form in forms.items()]
     if settings.device.type == "cuda":
-        again = [c for c in found if c.name in (BASE, "nn.LSTM", "F.linear", "sequential kernel")]
+        again = [c for c in found if c.name in (BASE, "F.linear", "sequential kernel")]
+        again += [c for c in found if c.name == "nn.LSTM" and point.L <= LONG]
         found += [graphed(c, settings, training) for c in again]
     return found
 
@@ -318,6 +323,9 @@ def _error(a: Tensor, exact: Tensor) -> float:
 def _reference(point: Point, x: Tensor, parameters: list[Tensor]) -> Tensor:
     """numsru.SRU in plain torch; parameters are weight and bias of each layer in turn."""
     D, H = point.num_directions, point.hidden_size
+    if point.L > LONG:  # thousands of steps one after the other take too long; `scan` is tested against the reference
+        (weight, bias) = parameters
+        return scan(x, weight, bias)
     for weight, bias in zip(parameters[0::2], parameters[1::2], strict=True):
         u = F.linear(x, weight).view(point.L, point.B, D, -1, H)
         # In pieces where it can be: the time that the gradient of u[t] takes grows with the length of u.
@@ -344,7 +352,7 @@ def recurrence_calls(
         calls: list[Call] = []
         for _ in range(copies):
             arrays = [settings.randn(L, B, D, K, H), settings.randn(L, B, D * H) if K == 3 else None]
-            arrays.append(torch.randn(D, 2, H, device=settings.device).to(settings.torch_dtype))
+            arrays.append(torch.randn(D, 2, H, device=settings.device))  # of the dtype that is computed in
             calls.append(_forward_call(form, arrays) if direction == "forward" else _backward_call(form, arrays))
         return calls
 
@@ -369,6 +377,33 @@ def _backward_call(form: Callable[..., Tensor], arrays: list[Tensor | None]) -> 
     h = form(*arrays)
     grad = torch.randn_like(h)
     return lambda: torch.autograd.grad(h, inputs, grad, retain_graph=True)
+
+
+def host_calls(settings: Settings) -> dict[str, Call]:
+    """Calls on so little that a GPU waits for the host: a product, numsru's layer, recurrence and launch."""
+    from numsru import cuda_launch  # imported late: numba.cuda is of no use to those without a GPU
+
+    L, B, d = 4, 2, 64
+    point = Point(L, B, d, d)
+    base, rnn = sru(point, settings)
+    x, weight = settings.randn(L, B, d), rnn.weight_l0
+    u, bias = settings.randn(L, B, 1, 3, d), torch.zeros(1, 2, d, device=settings.device)
+    leaf, grad = settings.randn(L, B, d).requires_grad_(), settings.randn(L, B, d)
+    launches: list[tuple[Any, ...]] = []
+    with mock.patch.object(cuda_launch, "launch", lambda *arguments: launches.append(arguments)), torch.no_grad():
+        numsru.sru_recurrence(u, x, bias)
+
+    def step() -> None:
+        torch.autograd.grad(base.run(leaf), [leaf, *base.parameters], grad)
+
+    calls = {
+        "F.linear": lambda: F.linear(x, weight),
+        BASE: lambda: base.run(x),
+        "numsru.sru_recurrence": lambda: numsru.sru_recurrence(u, x, bias),
+        "launch of a kernel": lambda: cuda_launch.launch(*launches[0]),
+    }
+    without_gradients = {name: torch.no_grad()(call) for name, call in calls.items()}
+    return without_gradients | {f"{BASE}, forward with gradients": lambda: base.run(leaf), f"{BASE}, {PASSES[1]}": step}
 
 
 def streaming_calls(B: int, d: int, settings: Settings) -> dict[str, Call]:

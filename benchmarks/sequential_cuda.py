@@ -1,6 +1,7 @@
 """The sequential kernel on a GPU: one thread walks through the time steps of one column (`sequential.py`)."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,17 @@ def backward(u, x, bias, c, grad_h, grad_u, grad_x, grad_c, grad_bias):
     grad_bias[b, 1, j] = sum_reset
 
 
-_stream = functools.lru_cache(cuda.external_stream)
+@functools.lru_cache
+def _stream(device: torch.device, handle: int) -> Any:
+    """The stream with a handle, which that of a device's default stream shares with all others'."""
+    return cuda.external_stream(handle)
 
 
 def launch(kernel: str, columns: int, arrays: list[Tensor]) -> None:
     """Launch "forward" or "backward" on torch's current stream; the arrays share their memory with torch."""
-    stream = _stream(torch.cuda.current_stream(arrays[0].device).cuda_stream)
-    with torch.cuda.device(arrays[0].device):
+    device = arrays[0].device
+    with torch.cuda.device(device):
+        stream = _stream(device, torch.cuda.current_stream().cuda_stream)
         {"forward": forward, "backward": backward}[kernel][-(-columns // THREADS), THREADS, stream](
             *(cuda.as_cuda_array(a) for a in arrays)
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import report
-from .contestants import BASE, PASSES, capture, contestants, measure, recurrence_calls, streaming_calls
+from .contestants import BASE, PASSES, capture, contestants, host_calls, measure, recurrence_calls, streaming_calls
 from .points import Point, product_flops, recurrence_bytes
-from .timing import Settings, compare, measure_ceilings
+from .timing import ROUNDS, Settings, compare, measure_ceilings
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -22,6 +24,7 @@ def run(
 ) -> None:  # fmt: skip
     """Fill in `result` and save it after every point, so that an interrupted run leaves what it has measured."""
     result["ceilings"] = measure_ceilings(settings)
+    result["host"] = measure_host(settings) if settings.device.type == "cuda" else None
     result |= {"layers": [], "recurrence": [], "streaming": []}
     for point in points:
         for training in (False, True):
@@ -60,6 +63,21 @@ def measure_recurrence(point: Point, settings: Settings, direction: str, ceiling
         times["bytes_per_second"] = size / times["median"]
         times["fraction_of_ceiling"] = times["bytes_per_second"] / ceilings["copy_bytes_per_second"]
     return entry
+
+
+def measure_host(settings: Settings) -> dict[str, float]:
+    """Seconds of the host for a call on a GPU, which has next to nothing to compute: the median of many."""
+    calls = host_calls(settings)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = 2 if settings.small else 100
+    for _ in range(ROUNDS[0] if settings.small else 30):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            samples[name].append((time.perf_counter() - begin) / repeats)
+    return {name: statistics.median(s) for name, s in samples.items()}
 
 
 def _captured_when_called(prepare: Callable[[], list[Callable[[], Any]]]) -> Callable[[], None]:
@@ -121,13 +139,16 @@ def tables(result: dict[str, Any]) -> str:
             report.number(best["bytes_per_second"] / 1e9), f"{1 / e['ratios']['numsru']:.2f}",
             f"{best['fraction_of_ceiling']:.2f}", report.number(other["median"] * 1e3) if other else "",
         ])  # fmt: skip
-    header = ["point", "pass", "MB", "ms", "GB/s", "of an equal copy", "of the largest copy", "sequential kernel, ms"]
+    header = ["point", "pass", "MB", "ms", "GB/s", "of an equal copy", "of the fastest copy", "sequential kernel, ms"]
     parts += ["## The recurrence alone\n", report.table(header, rows)]
     rows = [
         [e["point"], e["pass"], f"{e['product_fraction']:.2f}", f"{e['errors'][BASE]:.1e}"] for e in result["layers"]
     ]
     header = ["point", "pass", "rate of products, of the ceiling", "error against float64"]
     parts += ["## numsru.SRU\n", report.table(header, rows)]
+    if result["host"]:
+        rows = [[name, report.number(seconds * 1e6)] for name, seconds in result["host"].items()]
+        parts += ["## The host's time for a call\n", report.table(["call", "µs"], rows)]
     if result["streaming"]:
         entries = [{"B x d": f"{e['B']}x{e['d']}"} | e for e in result["streaming"]]
         parts += ["## One step: µs (ratio to numsru.SRUCell)\n", report.times_table(entries, "B x d", 1e6)]

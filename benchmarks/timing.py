@@ -21,6 +21,7 @@ Call = Callable[[], Any]
 
 SAMPLE = 2e-3  # seconds that one sample lasts, so that a clock's resolution and cost do not matter
 ROUNDS = (5, 200)  # fewest and most samples of a contestant
+LONG_ROUND, FEWEST_LONG_ROUNDS = 0.5, 3  # a round that takes longer, in seconds, and how many of them are enough
 MOST_COPIES = 256  # of a contestant's inputs
 
 
@@ -79,8 +80,10 @@ def alternate(calls: dict[str, Call], settings: Settings) -> dict[str, list[floa
     sample = 0 if settings.small else SAMPLE
     repeats = {name: max(1, round(sample / max(t, 1e-9))) for name, t in estimates.items()}
     fewest, most = ROUNDS
-    planned = settings.seconds / sum(estimates[name] * repeats[name] for name in calls)
-    rounds = fewest if settings.small else int(min(max(planned, fewest), most))
+    round_takes = sum(estimates[name] * repeats[name] for name in calls)
+    if round_takes > LONG_ROUND:
+        fewest = FEWEST_LONG_ROUNDS
+    rounds = fewest if settings.small else int(min(max(settings.seconds / round_takes, fewest), most))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
@@ -156,7 +159,7 @@ def products(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tenso
 def measure_ceilings(settings: Settings) -> dict[str, Any]:
     """What the device can do: bytes per second of copies by size, operations per second of a large matrix product.
 
-    The ceiling of bandwidth, "copy_bytes_per_second", is that of the largest copy: of memory, not of a cache.
+    The ceiling of bandwidth, "copy_bytes_per_second", is that of the fastest copy that is too large for a cache.
     """
     on_gpu = settings.device.type == "cuda"
     copies = []
@@ -164,15 +167,18 @@ def measure_ceilings(settings: Settings) -> dict[str, Any]:
         few = settings._replace(seconds=settings.seconds / 20)
         result = compare({"copy": copy_call(size, settings)}, few, "copy")
         copies.append({"bytes": size, "bytes_per_second": size / result["times"]["copy"]["median"]})
+    # A GPU writes part of a copy back later; other processors have caches of at most a few hundred MB.
+    large = 8 * torch.cuda.get_device_properties(settings.device).L2_cache_size if on_gpu else 2**29
     m, k, n = (8, 8, 8) if settings.small else (8192, 8192, 8192) if on_gpu else (4096, 1024, 3072)
     x, weight = settings.randn(m, 1, k), settings.randn(n, k)
     with torch.no_grad():
         calls = {name: partial(product, x, weight) for name, product in products(settings.device).items()}
         times = compare(calls, settings, "F.linear")["times"]
+    sustained = [c["bytes_per_second"] for c in copies if c["bytes"] >= min(large, copies[-1]["bytes"])]
     rates = {name: 2 * m * k * n / t["median"] for name, t in times.items()}
     return {
         "copy": copies,
-        "copy_bytes_per_second": copies[-1]["bytes_per_second"],
+        "copy_bytes_per_second": max(sustained),
         "product_size": [m, k, n],
         "product_flops_per_second": rates,
     }

@@ -853,12 +853,13 @@ def _forward(
     plan = _plan(forward_kernel, options, u.dtype, steps, B, D, H, lanes)
     saved = None
     if options.save_c:
-        # Room for the closest states that are kept: torch.compile has to know the shape without the plan.
-        saved = bias.new_empty(count_saved(options.padding, steps, B), D * H)
+        # Room for the closest states that are chosen: torch.compile has to know the shape without the plan.
+        distance = plan.tile.chunks * plan.tile.steps // plan.tile.states
+        saved = bias.new_empty(count_saved(options.padding, steps, B, min(distance, STEPS_PER_STATE)), D * H)
     if B * D * H:
         decay, offset = (bias.new_empty(plan.spans, B, D * H) if plan.spans > 1 else None for _ in range(2))
         arrays = u, x, bias, weight_c, c_0, mask_c, valid, h, c_n, saved, decay, offset
-        numbers = steps, B, D, H // lanes, plan.span_tiles
+        numbers = steps, B, D, H // plan.tile.lanes, plan.span_tiles
         for kernel in plan.kernels:
             cuda_launch.launch(kernel, u.device, plan.blocks, plan.block, arrays, scale_x, numbers)
     return h, c_n, saved

@@ -219,8 +219,9 @@ class _SRUBase(nn.Module):
     def _plain_layer(self, i: int, x: Tensor, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
         """`_layer` where `_is_plain`."""
         parameters = self._parameters
+        weight = cast(Tensor, parameters[f"weight_l{i}"])
         return plain_sru_layer(
-            x, cast(Tensor, parameters[f"weight_l{i}"]), parameters[f"bias_l{i}"], c_0, parameters.get(f"weight_c_l{i}"),
+            x, weight, parameters[f"bias_l{i}"], c_0, parameters.get(f"weight_c_l{i}"),
             2 if self.bidirectional else 1, self._skip(i), self._scale_x if self.rescale else 1.0, self.nonlinearity,
         )  # fmt: skip
 

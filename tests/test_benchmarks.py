@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numsru  # noqa: E402
-from benchmarks import ablation, cli, contestants, machine, points, predict, report, sequential, timing  # noqa: E402
+from benchmarks import ablation, cli, contestants, machine, points, report, sequential, timing  # noqa: E402
 from benchmarks.contestants import MismatchError, loop, scan, sequential_layer  # noqa: E402
 from benchmarks.points import Point, square  # noqa: E402
 from benchmarks.timing import Settings  # noqa: E402
@@ -463,43 +463,3 @@ def test_reference_in_pieces_is_the_whole(monkeypatch):
     monkeypatch.setattr(contestants, "PIECE", 3)
     checked = contestants.check([base], square(8, 2, 3), CPU, training=True)
     assert checked["errors"]["numsru.SRU"] < 2e-6
-
-
-def predicted(*sizes: int, direction: str = "forward", dtype: str = "float32") -> dict:
-    return predict.predict(square(*sizes), dtype, direction)
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_long_work_is_predicted_to_take_its_memory_traffic(direction, dtype):
-    time = predicted(4096, 32, 1024, direction=direction, dtype=dtype)
-    assert time["memory"] < time["seconds"] < 1.05 * time["memory"]
-    least = points.recurrence_bytes(square(4096, 32, 1024), 2 if dtype == "bfloat16" else 4, direction)
-    assert 1 <= time["bytes"] / least < 1.06
-
-
-def test_short_work_is_predicted_to_take_its_latencies():
-    time = predicted(32, 32, 128)
-    assert time["bound_by"] == "waiting"
-    assert time["seconds"] == time["waiting"] + predict.H200.launch
-
-
-def test_time_in_spans_is_predicted_to_be_shorter():
-    assert predicted(16384, 1, 1024)["waiting"] < predicted(16384, 1, 1152)["waiting"] / 1.5
-
-
-def test_predictions_stand_beside_what_was_measured(tmp_path, capsys):
-    times = {"numsru": {"median": 1.25e-6}}
-    result = {
-        "machine": {"gpu": {"name": "NVIDIA H200"}}, "settings": {"dtype": "float32"},
-        "recurrence": [{"point": "6x3x8", "pass": "forward", "times": times}],
-    }  # fmt: skip
-    other = result | {"machine": {"gpu": {"name": "NVIDIA A100"}}, "settings": {"dtype": "bfloat16"}}
-    report.write_json(tmp_path / "cuda_nvidia-h200.json", result)
-    report.write_json(tmp_path / "cuda_nvidia-a100.json", other)
-    assert cli.main(["predict", "--points", "6x3x8", "--out", str(tmp_path)]) == 0
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:] if line]
-    assert [row[-2].strip() for row in rows] == ["1.25", "", "", ""]
-    written = json.loads((tmp_path / "predicted_h200.json").read_text(encoding="utf-8"))
-    assert written["kind"] == "prediction"
-    assert len(written["recurrence"]) == 4
