@@ -291,8 +291,7 @@ def check(
         for contestant in found:
             begin = time.perf_counter()
             try:
-                y = contestant.run(x)
-                got = [y, *(torch.autograd.grad(y, inputs, grad.to(y.dtype)) if training else [])]
+                got = _outputs(contestant, x, inputs, grad)
             except Exception as error:  # as in `compare`
                 if contestant.name == base:
                     raise
@@ -313,6 +312,16 @@ def check(
                     raise error
                 unavailable[contestant.name] = reason(error)
     return {"errors": errors, "first_call": first_call, "unavailable": unavailable}
+
+
+def _outputs(contestant: Contestant, x: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of the inputs, if there are any.
+
+    No node of autograd outlives the call: nodes of parameters belong to the stream that was current when they were
+    made, and a CUDA graph in which another contestant is captured on another stream could not contain them.
+    """
+    y = contestant.run(x)
+    return [y.detach(), *(torch.autograd.grad(y, inputs, grad.to(y.dtype)) if inputs else [])]
 
 
 def _error(a: Tensor, exact: Tensor) -> float:
