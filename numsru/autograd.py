@@ -30,7 +30,7 @@ from .recurrence import (
     Options,
 )
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -288,7 +288,7 @@ def sru_recurrence(
             f"and H >= 1 units, got {tuple(u.shape)}"
         )
     D, K, H = u.shape[-3:]
-    if u.dtype not in _DTYPES:
+    if u.dtype not in DTYPES:
         raise TypeError(f"u must be float32, float64, float16 or bfloat16, got {u.dtype}")
     if K == 4 and x is not None:
         raise ValueError("x must be None where u has K = 4 sub-matrices: the fourth replaces it")
@@ -362,12 +362,14 @@ def plain_sru_layer(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`sru_layer` of arguments that are known to fit, without its checks.
 
-    All tensors are contiguous, of one dtype, float32 or float64, and on one device; `skip` is of `recurrence.py`.
+    All tensors are contiguous, of one dtype and on one device; `skip` is of `recurrence.py`. c_n is of that dtype.
     """
     L, B, _ = v.shape
+    if v.itemsize == 2:
+        bias, c_0, weight_c = (None if a is None else a.float() for a in (bias, c_0, weight_c))
     H = weight.shape[0] // (directions * (4 if skip == SKIP_PROJECTED else 3))
     if bias is None:
-        bias = v.new_zeros(directions, 2, H)
+        bias = v.new_zeros(directions, 2, H, dtype=state_dtype(v.dtype))
     requires_grad = _require_grad(v, weight, bias, c_0, weight_c)
     call = _plain_call(
         _kernels("cpu" if v.is_cpu else "cuda"), 1 if weight_c is None else 2, nonlinearity, skip, c_0 is not None,
@@ -376,8 +378,9 @@ def plain_sru_layer(
     same = skip == SKIP_INPUT
     if requires_grad:
         h, c_n = _Layer.apply(call, same, v, weight, None, bias, weight_c, c_0, None, None)  # type: ignore[no-untyped-call]
-        return h, c_n
-    return _layer_without_gradients(call, v if same else None, v, weight, bias, weight_c, c_0, None, None)
+    else:
+        h, c_n = _layer_without_gradients(call, v if same else None, v, weight, bias, weight_c, c_0, None, None)
+    return h, c_n if c_n.dtype is v.dtype else c_n.to(v.dtype)
 
 
 @functools.lru_cache(4096)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
-from .autograd import check_cu_seqlens, check_padding, plain_sru_layer, sru_layer, state_dtype
+from .autograd import DTYPES, check_cu_seqlens, check_padding, plain_sru_layer, sru_layer, state_dtype
 from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
@@ -193,7 +193,7 @@ class _SRUBase(nn.Module):
         return h, c_n
 
     def _is_plain(self, x: Tensor, c: Tensor | None) -> bool:
-        """Whether kernels can take x, states and parameters as they are: nothing to check, cast, drop or normalise.
+        """Whether x, states and parameters fit together: nothing to check, drop or normalise.
 
         Asked at every call, so that what remains is a matrix product and a kernel for each layer.
         """
@@ -204,7 +204,7 @@ class _SRUBase(nn.Module):
             and not (self.training and (self.rnn_dropout or self.dropout))
             and not self._modules  # no layer normalisation, no parametrizations
             and not self.projection_size
-            and (dtype is torch.float32 or dtype is torch.float64)
+            and dtype in DTYPES
             and x.is_contiguous()
             and not x.is_neg()
             and (c is None or (c.dtype is dtype and c.device == device and c.is_contiguous() and not c.is_neg()))
@@ -215,6 +215,9 @@ class _SRUBase(nn.Module):
                 if a is not None
             )
         )
+
+    def _has_step(self, x: Tensor) -> bool:
+        return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
 
     def _plain_layer(self, i: int, x: Tensor, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
         """`_layer` where `_is_plain`."""
@@ -229,7 +232,7 @@ class _SRUBase(nn.Module):
         return (SKIP_PROJECTED if self._parts(i) == 4 else SKIP_INPUT) if self.highway else NO_SKIP
 
     def _step(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
-        """One step of x, (B, in), where `_is_plain` and nothing is differentiated, on a CPU: h, (B, H).
+        """One step of x, (B, in), where `_is_plain` and `_has_step`: h, (B, H).
 
         c: the states of the layers, before and then after.
         """
@@ -467,7 +470,7 @@ class SRU(_SRUBase):
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
         plain = padding == Padding() and self._is_plain(x, c_0)
-        if plain and len(x) == D == 1 and x.is_cpu and not torch.is_grad_enabled():
+        if plain and len(x) == D == 1 and self._has_step(x):
             c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone()
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
         states: Sequence[Tensor | None] = [None] * n
@@ -542,7 +545,7 @@ class SRUCell(_SRUBase):
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
             c = c if batched else c.unsqueeze(0)
-        if not torch.is_grad_enabled() and x.is_cpu and self._is_plain(x, c):
+        if self._has_step(x) and self._is_plain(x, c):
             c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone()
             h = self._step(x, (c_n,))
             return (h, c_n) if batched else (h[0], c_n[0])
