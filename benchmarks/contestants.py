@@ -58,7 +58,7 @@ def contestants(
         found.append(recurrent("nn.GRU", nn.GRU, point, settings))
     found += [convolution(k, point, settings) for k in (2, 3)]
     found += [product(route, rnn, point, settings) for route in products(settings.device)]
-    if point.num_layers == 1 and not point.bidirectional and point.input_size == point.hidden_size:
+    if _is_square(point):
         forms: dict[str, Callable[..., Tensor]] = {}
         if point.L <= LONG:  # a step is several launches: hopeless beyond
             forms["torch loop"] = loop
@@ -74,6 +74,11 @@ def contestants(
         again += [c for c in found if c.name == "nn.LSTM" and point.L <= LONG]
         found += [graphed(c, settings, training) for c in again]
     return found
+
+
+def _is_square(point: Point) -> bool:
+    """Whether the forms below, of one layer and direction that reads as many numbers as it writes, compute it."""
+    return point.num_layers == 1 and not point.bidirectional and point.input_size == point.hidden_size
 
 
 def sru(point: Point, settings: Settings) -> tuple[Contestant, numsru.SRU]:
@@ -332,7 +337,9 @@ def _error(a: Tensor, exact: Tensor) -> float:
 def _reference(point: Point, x: Tensor, parameters: list[Tensor]) -> Tensor:
     """numsru.SRU in plain torch; parameters are weight and bias of each layer in turn."""
     D, H = point.num_directions, point.hidden_size
-    if point.L > LONG:  # thousands of steps one after the other take too long; `scan` is tested against the reference
+    if point.L > LONG and _is_square(
+        point
+    ):  # thousands of steps one after the other take too long; `scan` is tested against the reference
         (weight, bias) = parameters
         return scan(x, weight, bias)
     for weight, bias in zip(parameters[0::2], parameters[1::2], strict=True):

@@ -4,9 +4,9 @@ Kernels move words: one number, or two neighbours in one load or store. A word i
 `pack` turn it into the numbers that are computed with and back.
 
 In float32, sigmoid is five instructions on the GPU's approximate exponential and reciprocal: absolute error below
-3e-7, the right limits at infinity, NaN stays NaN; tanh likewise, its relative error below 2e-6. For h of bfloat16, of 8
-bits, the reset gate and g(c) are made of the GPU's one instruction for tanh, of 11 bits. The simulator runs
-`recurrence.py` and the plain functions here as they stand.
+3e-7, the right limits at infinity, NaN stays NaN; tanh likewise, its relative error below 2e-6. In h of bfloat16,
+of 8 bits, tanh is the GPU's one instruction, of 11 bits. The simulator runs `recurrence.py` and the plain functions
+here as they stand.
 """
 
 import importlib
@@ -331,12 +331,6 @@ if not SIMULATED:
         far = _ONE - _reciprocal(_HALF * _exp2(x * _TWO_LOG2_E) + _HALF)
         return _select(abs(x) < _TANH_SERIES_BELOW, series, far)
 
-    def _coarse_gate_float32(u, bias, weight, c, version):
-        z = u * _HALF + bias * _HALF
-        if version == 2:
-            z = weight * _HALF * c + z
-        return _approximate_tanh(z) * _HALF + _HALF
-
     def _coarse_tanh_float32(x):
         return _approximate_tanh(x)
 
@@ -347,13 +341,12 @@ if not SIMULATED:
         return _sigmoid_float64(u + bias + weight * c if version == 2 else u + bias)
 
     _inlined(recurrence.gate, lambda u, bias, weight, c, version: _gate_float32 if bias == float32 else _gate_float64)
-    _inlined(recurrence.coarse_gate, lambda u, bias, weight, c, version: _coarse_gate_float32)
     _inlined(recurrence.coarse_tanh, lambda x: _coarse_tanh_float32)
     _inlined(recurrence.sigmoid, _by_precision(_sigmoid_float32, _sigmoid_float64))
     _inlined(recurrence.tanh, _by_precision(_tanh_float32, lambda x: math.tanh(x)))
     _inlined(recurrence.exp, _by_precision(_exp_float32, lambda x: math.exp(x)))
 
-_OVERLOADED = () if SIMULATED else (recurrence.gate, recurrence.coarse_gate, recurrence.coarse_tanh)
+_OVERLOADED = () if SIMULATED else (recurrence.gate, recurrence.coarse_tanh)
 for _function in recurrence.COMPOSED:
     if _function not in _OVERLOADED:
         device_function(_function)

@@ -10,7 +10,7 @@ them, in the same order, to learn the state at the start of its chunk. Version 2
 Where columns are too few to fill a GPU, blocks also share out the time, a span of tiles to each: a first launch reduces
 every span to c -> decay c + offset, and a second starts each block from these.
 
-The state is kept at the start of every tile only; backward computes the states inside again. Gradients of parameters
+States are kept at the starts of backward's tiles only; backward computes those inside again. Gradients of parameters
 are summed for each batch row in a fixed order, so results repeat their bits.
 """
 
@@ -50,7 +50,6 @@ from .recurrence import (
     STEPS_PER_STATE,
     TANH,
     Options,
-    coarse_gate,
     count_saved,
     forget_slope,
     gate,
@@ -68,7 +67,7 @@ class Tile(NamedTuple):
     chunks: int
     steps: int
     lanes: int = 1  # numbers in a word
-    states: int = 1  # how many states of a tile are kept for backward, at equal distances
+    states: int = 1  # how many states of a tile forward keeps for backward, at equal distances
 
 
 # What a launch does with the time: all of it in each block, or a span in each block, to reduce it or to compute it.
@@ -199,7 +198,7 @@ def _find_column(width, L, B, D, H, valid, padding):
 
 @functools.cache
 def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = WHOLE) -> Callable[..., None]:
-    """One launch writes h, c_n and, with `save_c`, the state at the start of every tile."""
+    """One launch writes h, c_n and, with `save_c`, states at equal distances."""
     version, nonlinearity, placement, skip_kind, padding, has_c_0, has_mask_c, save_c = options
     width, chunks, chunk, lanes, kept = tile
     assert version == 1 or chunks == 1
@@ -207,9 +206,8 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
     word, real_word = words(storage, lanes)
     parts, tile_length = options.parts, chunks * chunk
     threads, numbers, last = chunks * width, chunk * lanes, lanes - 1
-    reset_gate = gate
-    if number == BFLOAT16:
-        reset_gate, nonlinearity = coarse_gate, COARSE_TANH if nonlinearity == TANH else nonlinearity
+    if number == BFLOAT16 and nonlinearity == TANH:
+        nonlinearity = COARSE_TANH
     exchanged, distance, chunks_per_state = 2 * threads, tile_length // kept, chunks // kept
 
     def forward(
@@ -333,7 +331,7 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         f, c_prev = forget[k * lanes + j], c[j]
                         if version == 2:
                             f = gate(f, unpack(bias_f, j, real), unpack(weight_f, j, real), c_prev, version)
-                        r = reset_gate(
+                        r = gate(
                             unpack(reset[k], j, number),
                             unpack(bias_r, j, real),
                             unpack(weight_r, j, real),
@@ -383,15 +381,12 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
 def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = WHOLE) -> Callable[..., None]:
     """One launch writes grad_u, grad_x, grad_c_0 and each row's sums over time for the gradients of the parameters."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
-    width, chunks, chunk, lanes, kept = tile
+    width, chunks, chunk, lanes, _ = tile
     assert version == 1 or chunks == 1
     number, real = storage
     word, real_word = words(storage, lanes)
     parts, tile_length, threads = options.parts, chunks * chunk, chunks * width
-    reset_gate = gate
-    if number == BFLOAT16:
-        reset_gate, nonlinearity = coarse_gate, COARSE_TANH if nonlinearity == TANH else nonlinearity
-    exchanged, numbers, last, distance = 2 * threads, chunk * lanes, lanes - 1, tile_length // kept
+    exchanged, numbers, last = 2 * threads, chunk * lanes, lanes - 1
 
     def backward(
         u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n, grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
@@ -460,8 +455,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
             position = begin - first * stride
         else:
             position = begin + first * stride
-        state = (end_tile - 1) * kept
-        at_state = address(saved, _saved_at(state, begin, padding, distance, b, B) * D * H + d * H + unit)
+        state = _saved_at(end_tile - 1, begin, padding, tile_length, b, B)
+        at_state = address(saved, state * D * H + d * H + unit)
         step_x, step_u = int32(stride * D * H), int32(stride * D * H * parts)
         step_saved = int32(D * H if padding == PACKED else B * D * H)
         at_x = (position * D + d) * H + unit
@@ -509,7 +504,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
             if stage != REDUCE_SPANS:
                 from_x = shift(from_x, -tile_length - chunk, step_x)
             from_grad_h = shift(from_grad_h, -tile_length - chunk, step_x)
-            at_state = shift(at_state, -kept, step_saved)
+            at_state = shift(at_state, -1, step_saved)
             for k in range(chunk):
                 candidate_word[k] = load(from_u, k, ahead)
                 forget_word[k] = load(shift(from_u, 1, between), k, ahead)
@@ -546,7 +541,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                     states[i] = c[j]
                     if version == 2:
                         forget[i] = gate(forget[i], unpack(bias_f, j, real), unpack(weight_f, j, real), c[j], version)
-                    r = reset_gate(
+                    r = gate(
                         unpack(reset[k], j, number), unpack(bias_r, j, real), unpack(weight_r, j, real), c[j], version
                     )
                     c_next = next_state(forget[i], candidate[i], c[j])
@@ -717,12 +712,12 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
     distance = chunks_of(4) * 4 if halved else chunks_of(8) * 8
     steps = 4 if halved and backward else 8
     chunks = chunks_of(steps)
-    threads = 256 if storage.number.bitwidth * lanes == 32 and lanes == 2 else 128
+    threads = 256 if storage.number.bitwidth == 16 and lanes == 2 else 128
     if _is_split(options, L, columns):
         width = 16 // lanes
     else:
         width = max(8, threads // chunks)
-        # Narrow blocks if there would be too few, but no narrower than a sector of memory, in version 2 than a warp.
+        # Narrow blocks if there would be too few, but not below 8 words, in version 2 a warp.
         while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
             width //= 2
     return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // distance)
@@ -736,7 +731,7 @@ def _is_split(options: Options, L: int, columns: int) -> bool:
 def _choose_spans(options: Options, tile: Tile, L: int, columns: int) -> tuple[int, int]:
     """How many spans the time is cut into, and the tiles of each."""
     tiles = max(1, -(-L // (tile.chunks * tile.steps)))
-    if tile.chunks == 1 or not _is_split(options, L, columns):
+    if not _is_split(options, L, columns):
         return 1, tiles
     blocks = -(-columns // (tile.columns * tile.lanes))
     span_tiles = -(-tiles // max(1, min(_MOST_SPANS, _WANTED_BLOCKS // blocks)))
@@ -766,7 +761,8 @@ def _plan(
     lanes: int,
 ) -> _Plan:
     storage, columns = STORAGE[dtype], B * D * H
-    for count, what in ((steps, "steps"), (columns * options.parts, "numbers of u in a step")):
+    of_a_step = columns // (B if options.padding == PACKED and B else 1) * options.parts
+    for count, what in ((steps, "steps"), (columns, "states"), (of_a_step, "numbers of u in a step")):
         if count >= 2**31:
             raise ValueError(f"the CUDA kernels take at most 2^31 - 1 {what}, got {count}")
     tile = choose_tile(make_kernel is backward_kernel, options, storage, steps, columns, lanes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -37,6 +38,22 @@ def check_probabilities(**probabilities: float) -> None:
 def highway_scale(rescale: bool, highway_bias: float) -> float:
     """The factor of the highway input (arXiv:1709.02755v5, section 3.2)."""
     return math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
+
+
+@functools.lru_cache
+def _parameter_shapes(
+    input_size: int, hidden_size: int, num_layers: int, num_directions: int, highway: bool, bias: bool, version: int
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of the parameters of layers without normalisation and projection."""
+    out_size = num_directions * hidden_size
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    for i in range(num_layers):
+        in_size = input_size if i == 0 else out_size
+        parts = 4 if highway and in_size != out_size else 3
+        shapes.append((f"weight_l{i}", (parts * out_size, in_size)))
+        vectors = ["bias"] * bias + ["weight_c"] * (version == 2)
+        shapes += [(f"{name}_l{i}", (num_directions, 2, hidden_size)) for name in vectors]
+    return tuple(shapes)
 
 
 class _SRUBase(nn.Module):
@@ -197,8 +214,8 @@ class _SRUBase(nn.Module):
 
         Asked at every call, so that what remains is a matrix product and a kernel for each layer.
         """
-        dtype, device = x.dtype, x.device
-        return (
+        dtype, device, given = x.dtype, x.device, self._parameters
+        if not (
             takes_shortcuts(x)
             and (x.is_cpu or x.is_cuda)
             and not (self.training and (self.rnn_dropout or self.dropout))
@@ -209,12 +226,24 @@ class _SRUBase(nn.Module):
             and not x.is_neg()
             and (c is None or (c.dtype is dtype and c.device == device and c.is_contiguous() and not c.is_neg()))
             and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
-            and all(
-                a.dtype is dtype and a.device == device and a.is_contiguous()
-                for a in self._parameters.values()
-                if a is not None
-            )
+        ):
+            return False
+        shapes = _parameter_shapes(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.num_directions,
+            self.highway,
+            self.bias,
+            self.version,
         )
+        for name, shape in shapes:
+            a = given.get(name)  # not there if something else computes it
+            if a is None or a.shape != shape or a.dtype is not dtype or a.device != device:
+                return False
+            if not a.is_contiguous() or a.is_neg():
+                return False
+        return True
 
     def _has_step(self, x: Tensor) -> bool:
         return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
@@ -475,7 +504,7 @@ class SRU(_SRUBase):
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
         states: Sequence[Tensor | None] = [None] * n
         if c_0 is not None:
-            states = c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).unbind()
+            states = c_0.reshape(n, D, B, H).transpose(1, 2).reshape(n, B, D * H).contiguous().unbind()
         final = []
         for i in range(n):
             x, c = self._plain_layer(i, x, states[i]) if plain else self._layer(i, x, B, states[i], padding)

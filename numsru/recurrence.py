@@ -76,7 +76,7 @@ def sigmoid(x):
 
 
 def coarse_tanh(x):
-    """tanh, for results that are rounded to 8 bits."""
+    """tanh, for an h that is rounded to 8 bits. Not for its derivative, where errors would grow as g(c) nears 1."""
     return tanh(x)
 
 
@@ -85,11 +85,6 @@ def gate(u, bias, weight, c, version):
     if version == 2:
         return sigmoid(u + bias + weight * c)
     return sigmoid(u + bias)
-
-
-def coarse_gate(u, bias, weight, c, version):
-    """A gate that no later step depends on, for results that are rounded to 8 bits."""
-    return gate(u, bias, weight, c, version)
 
 
 def next_state(f, candidate, c):
@@ -115,8 +110,6 @@ def activate(c, nonlinearity):
 def activate_grad(c, g, nonlinearity):
     """g'(c), where g = activate(c)."""
     if nonlinearity == TANH:
-        return type(c)(1) - g * g
-    if nonlinearity == COARSE_TANH:
         return type(c)(1) - g * g
     if nonlinearity == RELU and c <= type(c)(0):
         return type(c)(0)
@@ -179,6 +172,6 @@ def backward_step(
 
 # What a backend has to compile besides `exp`, `tanh` and `sigmoid`.
 COMPOSED = (
-    gate, coarse_gate, coarse_tanh, next_state, activate, activate_grad, output, output_grads, forget_slope,
+    gate, coarse_tanh, next_state, activate, activate_grad, output, output_grads, forget_slope,
     state_grads, backward_step,
 )  # fmt: skip

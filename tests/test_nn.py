@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import numsru
-from numsru import SRU, SRUCell, autograd, cpu_kernels, reference
+from numsru import SRU, SRUCell, autograd, cpu_kernels, nn, reference
 from numsru import padding as padding_module
 
 F64 = torch.float64
@@ -696,3 +697,103 @@ def test_inference_never_holds_the_products_of_all_steps(monkeypatch):
     with torch.no_grad():
         rnn(x)
     assert max(a.numel() for a in largest[1:]) == x.numel()  # h
+
+
+PLAIN = {
+    "two layers": {"num_layers": 2},
+    "bidirectional": {"bidirectional": True, "num_layers": 2},
+    "one unit": {"hidden_size": 1, "bidirectional": True},
+    "version 2": {"version": 2, "num_layers": 2, "rescale": True, "highway_bias": -1.0},
+    "no bias": {"bias": False, "nonlinearity": "selu"},
+    "no highway": {"highway": False, "nonlinearity": "relu"},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16, "num_layers": 2},
+    "dropout": {"dropout": 0.5, "num_layers": 2},
+    "layer norm": {"layer_norm": "post"},
+}
+
+
+def _outputs_and_gradients(rnn, x, c_0):
+    torch.manual_seed(1)  # of dropout
+    x, c_0 = x.detach().requires_grad_(), None if c_0 is None else c_0.detach().requires_grad_()
+    output, c_n = rnn(x, c_0)
+    leaves = [a for a in (x, c_0, *rnn.parameters()) if a is not None and a.requires_grad]
+    loss = output.float().square().sum() + c_n.float().sum() + sum(a.float().sum() * 0 for a in leaves)
+    with torch.no_grad():
+        again = rnn(x, c_0)
+    return output.detach(), c_n.detach(), *torch.autograd.grad(loss, leaves), *again
+
+
+@pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("shape", [(7, 3), (1, 3), (0, 2), (5, 0)], ids=str)
+@pytest.mark.parametrize("state", ["none", "given", "transposed", "float32"])
+@pytest.mark.parametrize("training", [True, False])
+def test_plain_layers_compute_what_all_do(monkeypatch, options, shape, state, training):
+    torch.manual_seed(0)
+    rnn = SRU(3, **({"hidden_size": 5} | options)).train(training)
+    x = torch.randn(*shape, 3).to(rnn.weight_l0.dtype)
+    n, B, H = rnn.num_layers * rnn.num_directions, shape[1], rnn.hidden_size
+    c_0 = None if state == "none" else torch.randn(n, B, H).to(x.dtype)
+    if state == "transposed":
+        c_0 = c_0.transpose(0, 2).contiguous().transpose(0, 2)
+    elif state == "float32" and c_0.itemsize == 2:
+        c_0 = c_0.float()
+    received = _outputs_and_gradients(rnn, x, c_0)
+    monkeypatch.setattr(nn, "takes_shortcuts", lambda a: False)
+    expected = _outputs_and_gradients(rnn, x, c_0)
+    for a, b in zip(received, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_plain_layers_are_those_of_default_modules():
+    x, c_0 = torch.randn(4, 2, 3), torch.randn(2, 2, 5)
+    for options in ({}, {"version": 2}, {"bias": False}):
+        assert SRU(3, 5, 2, **options)._is_plain(x, c_0)
+    for options in ({"layer_norm": "pre"}, {"projection_size": 2}, {"dropout": 0.5}):
+        assert not SRU(3, 5, 2, **options)._is_plain(x, c_0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rnn: torch.nn.utils.spectral_norm(rnn, "weight_l0"),
+        lambda rnn: prune.l1_unstructured(rnn, "weight_l0", 0.3),
+        lambda rnn: prune.l1_unstructured(rnn, "weight_c_l0", 0.3),
+        lambda rnn: torch.nn.utils.parametrizations.weight_norm(rnn, "weight_l0"),
+    ],
+    ids=["spectral_norm", "prune weight", "prune weight_c", "weight_norm"],
+)
+def test_computed_parameters_are_used(change):
+    rnn = SRU(6, 6, version=2).eval()
+    change(rnn)
+    x = torch.randn(4, 2, 6)
+    output, _ = rnn(x)
+    weight = rnn.weight_l0
+    expected, _ = reference.sru_recurrence(
+        (x @ weight.T).view(4, 2, 1, 3, 6), x, rnn.bias_l0, weight_c=rnn.weight_c_l0, nonlinearity="identity"
+    )
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("name", ["weight_l0", "bias_l0", "weight_c_l0"])
+def test_parameters_of_another_shape_are_refused(name):
+    rnn = SRU(4, 4, version=2)
+    setattr(
+        rnn,
+        name,
+        torch.nn.Parameter(getattr(rnn, name)[:, :2].clone() if name == "weight_l0" else torch.zeros(1, 2, 2)),
+    )
+    for grad in (True, False):
+        for L in (1, 3):
+            with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match="shape"):
+                rnn(torch.randn(L, 2, 4))
+
+
+def test_a_negative_view_of_a_parameter_is_read_with_its_sign():
+    rnn, x = SRU(4, 4), torch.randn(3, 2, 4)
+    bias = torch.randn(1, 2, 4)
+    with torch.no_grad():
+        received = torch.func.functional_call(rnn, {"bias_l0": torch._neg_view(bias)}, (x,))
+        expected = torch.func.functional_call(rnn, {"bias_l0": -bias}, (x,))
+    torch.testing.assert_close(received, expected, rtol=0, atol=0)
