@@ -525,9 +525,11 @@ def _check(
         raise ValueError(f"{name} must have shape {shape}, got {tuple(a.shape)}")
     if a.dtype not in (dtype, other_dtype):
         also = "" if other_dtype in (None, dtype) else f" or {other_dtype}"
-        raise TypeError(f"{name} must be {dtype}{'' if dtype == torch.bool else ' as u is'}{also}, got {a.dtype}")
+        raise TypeError(
+            f"{name} must be {dtype}{'' if dtype == torch.bool else ' as the input is'}{also}, got {a.dtype}"
+        )
     if a.device != device:
-        raise ValueError(f"{name} must be on {device} as u is, got {a.device}")
+        raise ValueError(f"{name} must be on {device} as the input is, got {a.device}")
 
 
 def check_padding(
@@ -550,7 +552,7 @@ def check_padding(
     if look and lengths.device.type == "cpu":
         check_lengths(lengths, L)
     if lengths.device.type != "cpu" and lengths.device != device:
-        raise ValueError(f"lengths must be on {device} as u is, or on the CPU, got {lengths.device}")
+        raise ValueError(f"lengths must be on {device} as the input is, or on the CPU, got {lengths.device}")
     # A copy: kernels on the CPU rely on the values that were checked here, and read them again in backward.
     return lengths.to(device, torch.int64, copy=lengths.device.type == "cpu")
 
@@ -565,7 +567,7 @@ def check_cu_seqlens(
         raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
     if cu_seqlens.device.type != "cpu":
         if cu_seqlens.device != device:
-            raise ValueError(f"cu_seqlens must be on {device} as u is, or on the CPU, got {cu_seqlens.device}")
+            raise ValueError(f"cu_seqlens must be on {device} as the input is, or on the CPU, got {cu_seqlens.device}")
         return cu_seqlens.long(), total_steps  # a bound
     cu_seqlens = cu_seqlens.to(torch.int64, copy=True)  # differences of narrower integers could wrap
     if not look:

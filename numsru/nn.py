@@ -40,6 +40,12 @@ def highway_scale(rescale: bool, highway_bias: float) -> float:
     return math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
 
 
+def _one_of(state: Tensor | None, hx: Tensor | None, name: str) -> Tensor | None:
+    if state is not None and hx is not None:
+        raise TypeError(f"{name} and hx are two names of one argument: expected one of them, got both")
+    return state if hx is None else hx
+
+
 @functools.lru_cache
 def _parameter_shapes(
     input_size: int, hidden_size: int, num_layers: int, num_directions: int, highway: bool, bias: bool, version: int
@@ -359,10 +365,11 @@ class SRU(_SRUBase):
         device, dtype: Of the parameters: float32, float64, float16 or bfloat16. Of 16 bits, states are kept in float32
             inside a layer.
 
-    Inputs: `input, c_0=None, *, lengths=None, mask_pad=None, cu_seqlens=None`
+    Inputs: `input, c_0=None, *, hx=None, lengths=None, mask_pad=None, cu_seqlens=None`
         - **input**: `(L, B, input_size)`; `(B, L, input_size)` with `batch_first`; `(L, input_size)` without a batch;
           `(total_steps, input_size)` with `cu_seqlens`; or a `PackedSequence`.
         - **c_0**: initial states, `(num_layers*D, B, H)`, `(num_layers*D, H)` without a batch. Default: zeros.
+        - **hx**: what `torch.nn.GRU` calls c_0.
         - **lengths**: number of valid steps of each batch row, `(B,)`, integers on the CPU or the input's device.
         - **mask_pad**: True at padding, anywhere, of the shape of the input without its features.
         - **cu_seqlens**: for sequences that lie end to end, without padding: where each begins and, last, where all
@@ -420,6 +427,8 @@ class SRU(_SRUBase):
             input_size, hidden_size, num_layers, bias, dropout, bidirectional, rnn_dropout, nonlinearity, highway,
             highway_bias, rescale, version, dropout_placement, layer_norm, projection_size, device, dtype,
         )  # fmt: skip
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first must be a bool, got {batch_first!r}")
         self.batch_first = batch_first
 
     def forward(
@@ -427,10 +436,12 @@ class SRU(_SRUBase):
         input: Tensor | PackedSequence,
         c_0: Tensor | None = None,
         *,
+        hx: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         mask_pad: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        c_0 = _one_of(c_0, hx, "c_0")
         if isinstance(input, PackedSequence):
             if lengths is not None or mask_pad is not None or cu_seqlens is not None:
                 raise ValueError("a PackedSequence brings its own lengths: leave out lengths, mask_pad and cu_seqlens")
@@ -523,9 +534,10 @@ class SRUCell(_SRUBase):
         nonlinearity, highway, highway_bias, rescale, version: As for :class:`SRU`.
         layer_norm, projection_size, device, dtype: As for :class:`SRU`.
 
-    Inputs: `input, c=None`
+    Inputs: `input, c=None, *, hx=None`
         - **input**: `(B, input_size)` or `(input_size,)`.
         - **c**: the state before the step, `(B, H)` or `(H,)`. Default: zeros.
+        - **hx**: what `torch.nn.GRUCell` calls c.
 
     Outputs: `h, c`
         - **h**, **c**: output and state after the step, `(B, H)` or `(H,)`.
@@ -563,7 +575,10 @@ class SRUCell(_SRUBase):
             version, "paper", layer_norm, projection_size, device, dtype,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, c: Tensor | None = None, *, hx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        c = _one_of(c, hx, "c")
         self._check_input(input, (1, 2))
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)

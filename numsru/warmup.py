@@ -28,7 +28,7 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         args, kwargs: Arguments of such a call.
 
     Raises:
-        TypeError: For arguments without a module. What the module itself raises passes through.
+        TypeError: Without a module in front of the arguments. What the module itself raises passes through.
 
     Example:
         >>> rnn = numsru.SRU(10, 20)
@@ -44,6 +44,8 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
             for padding in ({}, {"lengths": lengths}, {"mask_pad": mask_pad}):
                 warmup(rnn, x, **padding)
         return
+    if not isinstance(module, nn.Module):
+        raise TypeError("expected a module in front of the arguments of its call")
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     copied = copy.deepcopy(module)
     with torch.random.fork_rng(sorted(d for d in devices if d is not None)):

@@ -215,7 +215,7 @@ ERRORS = {
     "bias of another 16 bits": (
         {"u": torch.zeros(7, 3, 1, 3, 5, dtype=torch.float16), "x": None, "bias": torch.zeros(1, 2, 5, dtype=BF16)},
         TypeError,
-        "bias must be torch.float16 as u is or torch.float32, got torch.bfloat16",
+        "bias must be torch.float16 as the input is or torch.float32, got torch.bfloat16",
     ),
     "x of another shape": ({"x": torch.zeros(7, 3, 6)}, ValueError, r"x must have shape \(7, 3, 5\), got \(7, 3, 6\)"),
     "x of another dtype": ({"x": torch.zeros(7, 3, 5, dtype=F64)}, TypeError, "x must be torch.float32.*float64"),

@@ -194,3 +194,17 @@ def test_frozen_parameters_get_no_gradient(num_layers, bidirectional):
     rnn.requires_grad_(False)
     assert not rnn(x)[0].requires_grad
     assert rnn(x.requires_grad_())[0].requires_grad
+
+
+def test_the_initial_state_may_be_called_hx():
+    rnn, cell, x, c = SRU(3, 4), SRUCell(3, 4), torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    torch.testing.assert_close(rnn(x, hx=c), rnn(x, c), rtol=0, atol=0)
+    torch.testing.assert_close(cell(x[0], hx=c[0]), cell(x[0], c[0]), rtol=0, atol=0)
+    for module, args in ((rnn, (x, c)), (cell, (x[0], c[0]))):
+        with pytest.raises(TypeError, match="and hx are two names of one argument"):
+            module(*args, hx=args[1])
+
+
+def test_batch_first_is_a_bool():
+    with pytest.raises(TypeError, match=r"batch_first must be a bool, got 0\.5"):
+        SRU(3, 4, 2, True, 0.5)
