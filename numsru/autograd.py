@@ -14,6 +14,7 @@ from torch import Tensor
 from . import operators, reference
 from .backend import check_not_traced, is_autocast, is_transformed, may_look, uses_operators, uses_reference
 from .backend import kernels_for as _kernels
+from .operators import check as _check
 from .operators import check_lengths, check_rise
 from .products import product, product_gradients
 from .recurrence import (
@@ -256,13 +257,14 @@ def sru_recurrence(
 
     Raises:
         ValueError: If shapes, devices or values disagree, TypeError if dtypes do. The message gives what was
-            expected and what came.
+            expected and what came. RuntimeError: For a second derivative of the kernels, or where one has to be
+            compiled and cannot.
 
     Note:
         float32, float64, float16 and bfloat16. With u of 16 bits states, gates and sums are float32, and so are
         `c_n` and, unless they are of 16 bits too, the arguments besides u and x. Differentiable once in u, x, bias,
-        c_0 and weight_c, and more often inside :func:`use_backend`. For backward u, x and the state of every eighth
-        step or fewer are kept.
+        c_0 and weight_c, and more often inside `use_backend("reference")`. For backward u, x and the state of every
+        eighth step or fewer are kept.
 
     Source:
         Version 1: Lei, Zhang, "Training RNNs as Fast as CNNs", arXiv:1709.02755v1. Version 2: Lei et al., "Simple
@@ -509,27 +511,6 @@ def _prepare(
     )  # fmt: skip
     valid = None if valid is None else valid.contiguous()
     return _Prepared(_Call(kernels, compiled, float(scale_x), L, B, D, H, look), (*tensors, valid), {})
-
-
-def _check(
-    name: str,
-    a: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    other_dtype: torch.dtype | None = None,
-) -> None:
-    if a is None:
-        return
-    if a.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(a.shape)}")
-    if a.dtype not in (dtype, other_dtype):
-        also = "" if other_dtype in (None, dtype) else f" or {other_dtype}"
-        raise TypeError(
-            f"{name} must be {dtype}{'' if dtype == torch.bool else ' as the input is'}{also}, got {a.dtype}"
-        )
-    if a.device != device:
-        raise ValueError(f"{name} must be on {device} as the input is, got {a.device}")
 
 
 def check_padding(

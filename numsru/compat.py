@@ -1,8 +1,8 @@
 """The authors' package `sru` on numsru's recurrence: its classes, arguments, results and checkpoints.
 
 `from numsru.compat import SRU` takes the place of `from sru import SRU`. Arguments are those of `sru` 2.6.0, in its
-order; those of 1.x, 2.1 and 3.0-dev are taken by keyword. SRU++ is that of 3.0-dev. Two things differ: padding gives
-zeros also after a LayerNorm, and `amp_recurrence_fp16` changes nothing, as the recurrence keeps its state in float32.
+order; those of 1.x, 2.1 and 3.0-dev are taken by keyword. SRU++ is that of 3.0-dev. What differs stands in
+docs/migrating.md.
 """
 
 from .compat_cell import SRUCell

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import kernels_for
-from .recurrence import LENGTHS, NO_SKIP, PACKED, SKIP_INPUT, SKIP_PROJECTED, Options, count_saved
+from .recurrence import LENGTHS, MASK, NO_SKIP, PACKED, SKIP_INPUT, SKIP_PROJECTED, Options, count_saved
 
 ONCE = (
     "numsru's kernels can be differentiated once, in reverse mode. For higher derivatives run the forward pass inside "
@@ -68,6 +68,49 @@ def _batch_size(u: Tensor, valid: Tensor | None, padding: int) -> int:
     return valid.shape[0] - 1
 
 
+def check(
+    name: str,
+    a: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    other_dtype: torch.dtype | None = None,
+) -> None:
+    """Refuse a tensor that does not fit. None fits everywhere."""
+    if a is None:
+        return
+    if a.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(a.shape)}")
+    if a.dtype not in (dtype, other_dtype):
+        also = "" if other_dtype in (None, dtype) else f" or {other_dtype}"
+        raise TypeError(
+            f"{name} must be {dtype}{'' if dtype == torch.bool else ' as the input is'}{also}, got {a.dtype}"
+        )
+    if a.device != device:
+        raise ValueError(f"{name} must be on {device} as the input is, got {a.device}")
+
+
+def _check_operands(
+    u: Tensor, x: Tensor | None, bias: Tensor, c_0: Tensor | None, weight_c: Tensor | None, mask_c: Tensor | None,
+    valid: Tensor | None, padding: int, B: int,
+) -> None:  # fmt: skip
+    """A graph calls the operators without the checks of `sru_recurrence`, and kernels read memory as they are told."""
+    D, K, H = u.shape[-3:]
+    if K not in (3, 4) or (K == 4 and x is not None):
+        raise ValueError(f"u must have K = 3 sub-matrices, or 4 without x, got shape {tuple(u.shape)}")
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
+    for name, a, shape in (
+        ("bias", bias, (D, 2, H)), ("weight_c", weight_c, (D, 2, H)), ("c_0", c_0, (B, D * H)),
+        ("mask_c", mask_c, (B, D * H)),
+    ):  # fmt: skip
+        check(name, a, shape, real, u.device)
+    if padding == MASK:
+        check("mask_pad", valid, tuple(u.shape[:2]), torch.bool, u.device)
+    elif valid is not None:
+        check("valid", valid, (B + (padding == PACKED),), torch.int64, u.device)
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if a is None else a.contiguous().resolve_neg() for a in tensors]
 
@@ -93,6 +136,7 @@ def recurrence(
     check_valid(valid, padding, len(u))
     options = _options(u, x, c_0, weight_c, mask_c, nonlinearity, placement, padding, save_c)
     B = _batch_size(u, valid, padding)
+    _check_operands(u, x, bias, c_0, weight_c, mask_c, valid, padding, B)
     u, x, bias, weight_c, c_0, mask_c, valid = _contiguous(u, x, bias, weight_c, c_0, mask_c, valid)  # type: ignore[assignment]
     h, c_n, saved = _kernels(u).forward(options, u, x, bias, weight_c, c_0, mask_c, valid, scale_x, len(u), B)
     return h, c_n, _or_empty(saved, u)
@@ -122,7 +166,10 @@ def recurrence_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, x, bias, c_0 and weight_c."""
     options = _options(u, x, None, weight_c, mask_c, nonlinearity, placement, padding, True)
-    B = _batch_size(u, valid, padding)
+    B, D, H = _batch_size(u, valid, padding), u.shape[-3], u.shape[-1]
+    _check_operands(u, x, bias, grad_c_n, weight_c, mask_c, valid, padding, B)
+    check("grad_h", grad_h, (*u.shape[:-3], D * H), u.dtype, u.device)
+    check("saved", saved, (count_saved(padding, len(u), B), D * H), bias.dtype, u.device)
     u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n = _contiguous(  # type: ignore[assignment]
         u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n
     )

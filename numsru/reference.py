@@ -65,8 +65,8 @@ def sru_recurrence(
     Raises:
         RuntimeError: By torch, for shapes that do not fit. Arguments are not checked.
 
-    Note: Any device; computed in the dtype of the arguments throughout. Twice differentiable in every floating
-    argument.
+    Note: Any device; computed in the dtype of the arguments throughout. Differentiable as often as you like in every
+    floating argument.
 
     Source: Version 1: Lei and Zhang, "Training RNNs as Fast as CNNs", arXiv:1709.02755v1. Version 2: Lei et al.,
     "Simple Recurrent Units for Highly Parallelizable Recurrence", arXiv:1709.02755v5. Placement "highway", `scale_x`

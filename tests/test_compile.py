@@ -301,3 +301,32 @@ def test_operators_have_no_kernels_for_other_devices():
     args = (u, None, bias, None, None, None, None, 1.0, TANH, 0, NO_PADDING, False)
     h, c_n, _ = torch.ops.numsru.recurrence(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
     assert (h.shape, c_n.shape) == ((2, 2, 4), (2, 4))  # the meta device knows shapes alone
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bias": torch.zeros(1, 2, 4)},
+        {"bias": torch.zeros(1, 2, 8, dtype=torch.float64)},
+        {"x": torch.zeros(4, 3, 4)},
+        {"c_0": torch.zeros(3, 4)},
+        {"weight_c": torch.zeros(1, 2, 4)},
+        {"mask_c": torch.zeros(2, 8)},
+        {"u": torch.zeros(4, 3, 1, 2, 8)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_operators_check_what_they_read(wrong):
+    given = {
+        "u": torch.zeros(4, 3, 1, 3, 8), "x": torch.zeros(4, 3, 8), "bias": torch.zeros(1, 2, 8), "c_0": None,
+        "weight_c": None, "mask_c": None, "valid": None,
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} must "):
+        torch.ops.numsru.recurrence(*(given | wrong).values(), 1.0, 1, 0, 0, True)
+    h, c_n, saved = torch.ops.numsru.recurrence(*given.values(), 1.0, 1, 0, 0, True)
+    rest = given["u"], given["x"], given["bias"], None, None, None
+    for grads in ((h[:2], c_n), (h, c_n[:2])):
+        with pytest.raises(ValueError, match="must have shape"):
+            torch.ops.numsru.recurrence_backward(*grads, *rest, saved, 1.0, 1, 0, 0)
+    with pytest.raises(ValueError, match="saved must have shape"):
+        torch.ops.numsru.recurrence_backward(h, c_n, *rest, saved[:1], 1.0, 1, 0, 0)
