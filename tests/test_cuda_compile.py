@@ -165,8 +165,12 @@ print(hasattr(np, "row_stack"))
 def test_kernel_fits_into_registers(make_kernel, options, tile, dtype, stage, cc):
     tile = tile[make_kernel is backward_kernel]
     registers, stack, spilled = _resources((make_kernel, options, tile, dtype, stage), cc)
-    # To fill the GPU with pairs of 16 bits, a few registers are moved to memory: measured, that is faster.
-    assert max(stack, spilled) <= (128 if tile.lanes == 2 and dtype.itemsize == 2 else 0)
+    allowed = 0
+    if tile.lanes == 2 and dtype.itemsize == 2:
+        allowed = 128  # bytes: to fill the GPU, a few registers are moved to memory, which measured is faster
+    elif dtype == float64 and cc >= (10, 0):
+        allowed = 256  # the compiler for these takes more than the 255 registers that a thread can have
+    assert max(stack, spilled) <= allowed
     threads, blocks = cuda_kernels.launch_bounds(make_kernel, options, STORAGE[dtype], tile, cc[:2])
     warps = threads * blocks // 32
     assert -(-registers // 8) * 8 * 32 * warps <= 65536  # a multiprocessor's; a warp gets registers in eights
