@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import report
+from . import report, timing
 from .contestants import BASE, PASSES, capture, contestants, host_calls, measure, recurrence_calls, streaming_calls
 from .points import Point, product_flops, recurrence_bytes
 from .timing import ROUNDS, Settings, compare, measure_ceilings
@@ -73,10 +72,7 @@ def measure_host(settings: Settings) -> dict[str, float]:
     for _ in range(ROUNDS[0] if settings.small else 30):
         for name, call in calls.items():
             torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            samples[name].append((time.perf_counter() - begin) / repeats)
+            samples[name].append(timing.seconds(call, repeats, torch.device("cpu")))  # by the host's clock
     return {name: statistics.median(s) for name, s in samples.items()}
 
 

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators, reference
-from .backend import check_not_traced, is_autocast, is_transformed, may_look, uses_operators, uses_reference
+from .backend import (
+    check_not_traced,
+    is_autocast,
+    is_transformed,
+    may_look,
+    state_dtype,
+    uses_operators,
+    uses_reference,
+)
 from .backend import kernels_for as _kernels
 from .operators import check as _check
 from .operators import check_lengths, check_rise
@@ -32,11 +40,6 @@ from .recurrence import (
 )
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What states are kept in, and gates computed in, for a `u` of some dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Call(NamedTuple):

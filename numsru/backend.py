@@ -73,6 +73,11 @@ def kernels_for(device_type: str) -> ModuleType | None:
     return None
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What states are kept in, and gates computed in, for a `u` of some dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a device, of a type that may not know it."""
     known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)

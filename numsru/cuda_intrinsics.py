@@ -331,9 +331,6 @@ if not SIMULATED:
         far = _ONE - _reciprocal(_HALF * _exp2(x * _TWO_LOG2_E) + _HALF)
         return _select(abs(x) < _TANH_SERIES_BELOW, series, far)
 
-    def _coarse_tanh_float32(x):
-        return _approximate_tanh(x)
-
     def _by_precision(in_float32: Callable[..., Any], in_float64: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x: in_float32 if x == float32 else in_float64
 
@@ -341,7 +338,7 @@ if not SIMULATED:
         return _sigmoid_float64(u + bias + weight * c if version == 2 else u + bias)
 
     _inlined(recurrence.gate, lambda u, bias, weight, c, version: _gate_float32 if bias == float32 else _gate_float64)
-    _inlined(recurrence.coarse_tanh, lambda x: _coarse_tanh_float32)
+    _inlined(recurrence.coarse_tanh, lambda x: lambda x: _approximate_tanh(x))
     _inlined(recurrence.sigmoid, _by_precision(_sigmoid_float32, _sigmoid_float64))
     _inlined(recurrence.tanh, _by_precision(_tanh_float32, lambda x: math.tanh(x)))
     _inlined(recurrence.exp, _by_precision(_exp_float32, lambda x: math.exp(x)))

@@ -44,6 +44,7 @@ from .recurrence import (
     COARSE_TANH,
     LENGTHS,
     MASK,
+    NO_SKIP,
     PACKED,
     SKIP_INPUT,
     SKIP_PROJECTED,
@@ -150,6 +151,18 @@ def _find_padding(mask_pad, position, stride, left, chunk):
         if k >= left or mask_pad[position + k * stride] != 0:
             padded |= int32(1) << int32(k)
     return padded
+
+
+@device_function
+def _load_late(reset, skip, k, left, from_reset, from_x, between, step_x, skip_kind):
+    """What a thread needs of its k-th step last: the reset gate and the highway's input. Where that of the next is."""
+    reset[k] = load(from_reset, k, left)
+    if skip_kind == SKIP_PROJECTED:
+        skip[k] = load(shift(from_reset, 1, between), k, left)
+    elif skip_kind == SKIP_INPUT:
+        skip[k] = load(from_x, k, left)
+        return shift(from_x, 1, step_x)
+    return from_x
 
 
 @device_function
@@ -278,12 +291,8 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
             candidate_word[k] = load(from_u, k, left)
             forget_word[k] = load(shift(from_u, 1, between), k, left)
             if stage != REDUCE_SPANS:
-                reset[k] = load(shift(from_u, 2, between), k, left)
-                if skip_kind == SKIP_PROJECTED:
-                    skip[k] = load(shift(from_u, 3, between), k, left)
-                elif skip_kind == SKIP_INPUT:
-                    skip[k] = load(from_x, k, left)
-                    from_x = shift(from_x, 1, step_x)
+                from_reset = shift(from_u, 2, between)
+                from_x = _load_late(reset, skip, k, left, from_reset, from_x, between, step_x, skip_kind)
             from_u = shift(from_u, 1, step_u)
         while tiles_left > 0:
             tiles_left = int32(tiles_left - 1)
@@ -346,13 +355,8 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         h_k[j] = zero if padding == MASK and is_padding else h_kj
                     store(to_h, k, left, pack(h_k[0], h_k[last], number, word))
                     to_h = shift(to_h, 1, step_x)
-                    of_step = shift(from_u, k - chunk, step_u)
-                    reset[k] = load(shift(of_step, 2, between), k, ahead)
-                    if skip_kind == SKIP_PROJECTED:
-                        skip[k] = load(shift(of_step, 3, between), k, ahead)
-                    elif skip_kind == SKIP_INPUT:
-                        skip[k] = load(from_x, k, ahead)
-                        from_x = shift(from_x, 1, step_x)
+                    from_reset = shift(shift(from_u, k - chunk, step_u), 2, between)
+                    from_x = _load_late(reset, skip, k, ahead, from_reset, from_x, between, step_x, skip_kind)
             if chunks == 1:
                 for j in range(lanes):
                     carry[j] = c[j]
@@ -387,6 +391,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
     word, real_word = words(storage, lanes)
     parts, tile_length, threads = options.parts, chunks * chunk, chunks * width
     exchanged, numbers, last = 2 * threads, chunk * lanes, lanes - 1
+    late_skip = NO_SKIP if stage == REDUCE_SPANS else skip_kind
 
     def backward(
         u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n, grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
@@ -475,13 +480,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
         for k in range(chunk):
             candidate_word[k] = load(from_u, k, ahead)
             forget_word[k] = load(shift(from_u, 1, between), k, ahead)
-            reset[k] = load(from_reset, k, ahead)
-            if stage != REDUCE_SPANS:
-                if skip_kind == SKIP_PROJECTED:
-                    skip[k] = load(shift(from_reset, 1, between), k, ahead)
-                elif skip_kind == SKIP_INPUT:
-                    skip[k] = load(from_x, k, ahead)
-                    from_x = shift(from_x, 1, step_x)
+            from_x = _load_late(reset, skip, k, ahead, from_reset, from_x, between, step_x, late_skip)
             grad_out[k] = load(from_grad_h, k, ahead)
             from_u = shift(from_u, 1, step_u)
             from_reset = shift(from_reset, 1, step_u)
@@ -572,13 +571,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         store(to_x, k, left, pack(out_1[0], out_1[last], number, word))
                         to_x = shift(to_x, 1, step_x)
                     to_u = shift(to_u, 1, step_u)
-                reset[k] = load(from_reset, k, ahead)
-                if stage != REDUCE_SPANS:
-                    if skip_kind == SKIP_PROJECTED:
-                        skip[k] = load(shift(from_reset, 1, between), k, ahead)
-                    elif skip_kind == SKIP_INPUT:
-                        skip[k] = load(from_x, k, ahead)
-                        from_x = shift(from_x, 1, step_x)
+                from_x = _load_late(reset, skip, k, ahead, from_reset, from_x, between, step_x, late_skip)
                 grad_out[k] = load(from_grad_h, k, ahead)
                 from_reset = shift(from_reset, 1, step_u)
                 from_grad_h = shift(from_grad_h, 1, step_x)
@@ -697,21 +690,18 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
     Backward keeps more in registers, so its threads have half as many steps, unless there are too few threads anyway.
     Forward then keeps two states of each of its tiles.
     """
-    most = 1
+    chunks, steps, distance = 1, STEPS_PER_STATE, STEPS_PER_STATE
     if options.version == 1:
         wanted = _WANTED_COLUMNS * (2 if storage.number.bitwidth == 16 else 1) / max(1, columns)
         most = _MOST_CHUNKS // 2 if _is_split(options, L, columns) else _MOST_CHUNKS
-    longest = 1 << max(3, (L - 1).bit_length())  # the least power of two that holds the sequence, or 8
+        longest = 1 << max(3, (L - 1).bit_length())  # the least power of two that holds the sequence, or 8
+        of_backward = STEPS_PER_STATE // 2 if wanted < 2 * _MOST_CHUNKS else STEPS_PER_STATE
 
-    def chunks_of(steps: int) -> int:
-        if options.version == 2:
-            return 1
-        return max(STEPS_PER_STATE // steps, min(int(2 ** round(math.log2(wanted))), most, longest // steps))
+        def chunks_of(steps: int) -> int:
+            return max(STEPS_PER_STATE // steps, min(int(2 ** round(math.log2(wanted))), most, longest // steps))
 
-    halved = options.version == 1 and wanted < 2 * _MOST_CHUNKS
-    distance = chunks_of(4) * 4 if halved else chunks_of(8) * 8
-    steps = 4 if halved and backward else 8
-    chunks = chunks_of(steps)
+        steps = of_backward if backward else STEPS_PER_STATE
+        chunks, distance = chunks_of(steps), chunks_of(of_backward) * of_backward
     threads = 256 if storage.number.bitwidth == 16 and lanes == 2 else 128
     if _is_split(options, L, columns):
         width = 16 // lanes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
-from .autograd import DTYPES, check_cu_seqlens, check_padding, plain_sru_layer, sru_layer, state_dtype
-from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, takes_shortcuts
+from .autograd import DTYPES, check_cu_seqlens, check_padding, plain_sru_layer, sru_layer
+from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, state_dtype, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
@@ -27,6 +26,12 @@ def check_sizes(**sizes: int) -> None:
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
 
 
 def check_probabilities(**probabilities: float) -> None:
@@ -44,22 +49,6 @@ def _one_of(state: Tensor | None, hx: Tensor | None, name: str) -> Tensor | None
     if state is not None and hx is not None:
         raise TypeError(f"{name} and hx are two names of one argument: expected one of them, got both")
     return state if hx is None else hx
-
-
-@functools.lru_cache
-def _parameter_shapes(
-    input_size: int, hidden_size: int, num_layers: int, num_directions: int, highway: bool, bias: bool, version: int
-) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of the parameters of layers without normalisation and projection."""
-    out_size = num_directions * hidden_size
-    shapes: list[tuple[str, tuple[int, ...]]] = []
-    for i in range(num_layers):
-        in_size = input_size if i == 0 else out_size
-        parts = 4 if highway and in_size != out_size else 3
-        shapes.append((f"weight_l{i}", (parts * out_size, in_size)))
-        vectors = ["bias"] * bias + ["weight_c"] * (version == 2)
-        shapes += [(f"{name}_l{i}", (num_directions, 2, hidden_size)) for name in vectors]
-    return tuple(shapes)
 
 
 class _SRUBase(nn.Module):
@@ -87,10 +76,7 @@ class _SRUBase(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        flags = {"bias": bias, "bidirectional": bidirectional, "highway": highway, "rescale": rescale}
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
+        check_flags(bias=bias, bidirectional=bidirectional, highway=highway, rescale=rescale)
         check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout)
         if projection_size < 0:
             raise ValueError(f"projection_size must be at least 0, got {projection_size}")
@@ -114,19 +100,22 @@ class _SRUBase(nn.Module):
 
         D, H = self.num_directions, hidden_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of all parameters but those of the normalisation
         for i in range(num_layers):
             in_size, product_size = self._in_size(i), self._product_size(i)
             if product_size < in_size:
-                self.register_parameter(
-                    f"weight_proj_l{i}", nn.Parameter(torch.empty(product_size, in_size, **factory))
-                )
-            weight = torch.empty(D * self._parts(i) * H, product_size, **factory)
-            self.register_parameter(f"weight_l{i}", nn.Parameter(weight))
-            self.register_parameter(f"bias_l{i}", nn.Parameter(torch.empty(D, 2, H, **factory)) if bias else None)
+                self._shapes[f"weight_proj_l{i}"] = product_size, in_size
+            self._shapes[f"weight_l{i}"] = D * self._parts(i) * H, product_size
+            if bias:
+                self._shapes[f"bias_l{i}"] = D, 2, H
+            else:
+                self.register_parameter(f"bias_l{i}", None)
             if version == 2:
-                self.register_parameter(f"weight_c_l{i}", nn.Parameter(torch.empty(D, 2, H, **factory)))
+                self._shapes[f"weight_c_l{i}"] = D, 2, H
             if layer_norm is not None:
                 self.add_module(f"layer_norm_l{i}", nn.LayerNorm(in_size if layer_norm == "pre" else D * H, **factory))
+        for name, shape in self._shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
         self.reset_parameters()
 
     @property
@@ -234,16 +223,7 @@ class _SRUBase(nn.Module):
             and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         ):
             return False
-        shapes = _parameter_shapes(
-            self.input_size,
-            self.hidden_size,
-            self.num_layers,
-            self.num_directions,
-            self.highway,
-            self.bias,
-            self.version,
-        )
-        for name, shape in shapes:
+        for name, shape in self._shapes.items():
             a = given.get(name)  # not there if something else computes it
             if a is None or a.shape != shape or a.dtype is not dtype or a.device != device:
                 return False
@@ -260,7 +240,7 @@ class _SRUBase(nn.Module):
         weight = cast(Tensor, parameters[f"weight_l{i}"])
         return plain_sru_layer(
             x, weight, parameters[f"bias_l{i}"], c_0, parameters.get(f"weight_c_l{i}"),
-            2 if self.bidirectional else 1, self._skip(i), self._scale_x if self.rescale else 1.0, self.nonlinearity,
+            self.num_directions, self._skip(i), self._scale_x, self.nonlinearity,
         )  # fmt: skip
 
     def _skip(self, i: int) -> int:
@@ -427,8 +407,7 @@ class SRU(_SRUBase):
             input_size, hidden_size, num_layers, bias, dropout, bidirectional, rnn_dropout, nonlinearity, highway,
             highway_bias, rescale, version, dropout_placement, layer_norm, projection_size, device, dtype,
         )  # fmt: skip
-        if not isinstance(batch_first, bool):
-            raise TypeError(f"batch_first must be a bool, got {batch_first!r}")
+        check_flags(batch_first=batch_first)
         self.batch_first = batch_first
 
     def forward(

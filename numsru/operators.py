@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .backend import kernels_for
+from .backend import kernels_for, state_dtype
 from .recurrence import LENGTHS, MASK, NO_SKIP, PACKED, SKIP_INPUT, SKIP_PROJECTED, Options, count_saved
 
 ONCE = (
@@ -98,7 +98,7 @@ def _check_operands(
     D, K, H = u.shape[-3:]
     if K not in (3, 4) or (K == 4 and x is not None):
         raise ValueError(f"u must have K = 3 sub-matrices, or 4 without x, got shape {tuple(u.shape)}")
-    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    real = state_dtype(u.dtype)
     check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
     for name, a, shape in (
         ("bias", bias, (D, 2, H)), ("weight_c", weight_c, (D, 2, H)), ("c_0", c_0, (B, D * H)),

@@ -62,9 +62,6 @@ class _Replace(ast.NodeTransformer):
                     return ast.copy_location(changed, node)
         return self.generic_visit(node)
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        return node
-
 
 def mutate(source: str, n: int, lines: tuple[int, int]) -> tuple[str, str] | None:
     """The n-th mutant of a source and what is different in it; None if there are fewer."""
