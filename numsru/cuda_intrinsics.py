@@ -61,7 +61,7 @@ def pack(low, high, number, word):
 
 
 def address(array, at):
-    """Where array[at] lies, for `shift`, `load` and `store`."""
+    """Where array[at] lies, for `shift`, `copy` and `store`."""
     return array, at
 
 
@@ -71,12 +71,6 @@ def shift(start, k, stride):
     return array, at + k * stride
 
 
-def load(start, k, left):
-    """The element at an address if k < left, else 0."""
-    array, at = start
-    return array[at] if k < left else array.dtype.type(0)
-
-
 def store(start, k, left, value):
     """Write to the element at an address if k < left."""
     array, at = start
@@ -84,14 +78,24 @@ def store(start, k, left, value):
         array[at] = value
 
 
+def shared_address(array, at):
+    """Where array[at] lies in shared memory, for `copy`."""
+    return array, at
+
+
+def copy(to, i, start, k, left):
+    """Begin to copy the element at an address to shared memory, i elements behind `to`, if k < left, else write 0."""
+    (array, at), (source, source_at) = to, start
+    array[at + i] = source[source_at] if k < left else array.dtype.type(0)
+
+
+def finish_copies():
+    """Wait until all that this thread copies has arrived."""
+
+
 def narrow(n):
     """n as an int32. LLVM would compare and add in 64 bits if it knew where n comes from, at twice the cost."""
     return np.int32(n)
-
-
-def anew(x):
-    """x, of which the compiler does not know what it is: it keeps no results that it could compute again."""
-    return x
 
 
 def select(condition, a, b):
@@ -132,6 +136,11 @@ _OPERAND = {16: "h", 32: "r", 64: "l"}
 
 def _has_bfloat16() -> bool:
     """Whether the device that is compiled for converts to bfloat16 in one instruction."""
+    return bool(ConfigStack().top().compute_capability >= (8, 0))
+
+
+def _copies_asynchronously() -> bool:
+    """Whether the device that is compiled for copies to shared memory while its threads go on."""
     return bool(ConfigStack().top().compute_capability >= (8, 0))
 
 
@@ -239,20 +248,6 @@ if not SIMULATED:
         return start(start, types.int64, stride), codegen
 
     @intrinsic
-    def _load(typingctx: Any, start: Any, k: Any, left: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            bits, i32, i64 = start.dtype.bitwidth, ir.IntType(32), ir.IntType(64)
-            asm = ir.InlineAsm(
-                ir.FunctionType(ir.IntType(bits), [i64, i32, i32]),
-                f"{{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b{bits} $0, 0; @p ld.global.b{bits} $0, [$1]; }}",
-                f"=&{_OPERAND[bits]},l,r,r",
-                side_effect=True,
-            )
-            return builder.call(asm, [builder.ptrtoint(args[0], i64), builder.trunc(args[1], i32), args[2]])
-
-        return start.dtype(start, types.int64, types.int32), codegen
-
-    @intrinsic
     def _store(typingctx: Any, start: Any, k: Any, left: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             bits, i32, i64 = start.dtype.bitwidth, ir.IntType(32), ir.IntType(64)
@@ -268,13 +263,45 @@ if not SIMULATED:
         return types.void(start, types.int64, types.int32, start.dtype), codegen
 
     @intrinsic
-    def _anew(typingctx: Any, x: Any) -> Any:
+    def _shared_address(typingctx: Any, array: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f32 = ir.FloatType()
-            asm = ir.InlineAsm(ir.FunctionType(f32, [f32]), "mov.b32 $0, $1;", "=f,f", side_effect=True)
-            return builder.call(asm, args)
+            i32, i64 = ir.IntType(32), ir.IntType(64)
+            data = context.make_array(array)(context, builder, args[0]).data
+            pointer = builder.gep(data, [args[1]])
+            asm = ir.InlineAsm(ir.FunctionType(i64, [i64]), "cvta.to.shared.u64 $0, $1;", "=l,l")
+            return builder.trunc(builder.call(asm, [builder.ptrtoint(pointer, i64)]), i32)
 
-        return types.float32(types.float32), codegen
+        return types.uint32(array, types.int64), codegen
+
+    @intrinsic
+    def _copy(typingctx: Any, to: Any, i: Any, start: Any, k: Any, left: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            bits, i32, i64 = start.dtype.bitwidth, ir.IntType(32), ir.IntType(64)
+            size = bits // 8
+            if size >= 4 and _copies_asynchronously():
+                text = f"setp.ge.s32 p, $2, $3; cp.async.ca.shared.global [$0], [$1], {size}, p;"
+            else:
+                text = (
+                    f".reg .b{bits} v; setp.lt.s32 p, $2, $3; mov.b{bits} v, 0; "
+                    f"@p ld.global.b{bits} v, [$1]; st.shared.b{bits} [$0], v;"
+                )
+            function = ir.FunctionType(ir.VoidType(), [i32, i64, i32, i32])
+            asm = ir.InlineAsm(function, f"{{ .reg .pred p; {text} }}", "r,l,r,r,~{memory}", side_effect=True)
+            at = builder.add(args[0], builder.mul(builder.trunc(args[1], i32), i32(size)))
+            builder.call(asm, [at, builder.ptrtoint(args[2], i64), builder.trunc(args[3], i32), args[4]])
+            return context.get_dummy_value()
+
+        return types.void(types.uint32, types.int64, start, types.int64, types.int32), codegen
+
+    @intrinsic
+    def _finish_copies(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if _copies_asynchronously():
+                wait = ir.FunctionType(ir.VoidType(), [])
+                builder.call(ir.InlineAsm(wait, "cp.async.wait_all;", "~{memory}", side_effect=True), [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
 
     @intrinsic
     def _select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:
@@ -294,9 +321,10 @@ if not SIMULATED:
 
     _inlined(address, lambda array, at: lambda array, at: _address(array, at))
     _inlined(shift, lambda start, k, stride: lambda start, k, stride: _shift(start, k, stride))
-    _inlined(load, lambda start, k, left: lambda start, k, left: _load(start, k, left))
     _inlined(store, lambda start, k, left, value: lambda start, k, left, value: _store(start, k, left, value))
-    _inlined(anew, lambda x: (lambda x: _anew(x)) if x == float32 else (lambda x: x))
+    _inlined(shared_address, lambda array, at: lambda array, at: _shared_address(array, at))
+    _inlined(copy, lambda to, i, start, k, left: lambda to, i, start, k, left: _copy(to, i, start, k, left))
+    _inlined(finish_copies, lambda: lambda: _finish_copies())
     _inlined(select, lambda condition, a, b: lambda condition, a, b: _select(condition, a, b))
     _inlined(narrow, lambda n: lambda n: _narrow(n))
     _inlined(unpack, lambda word, i, number: lambda word, i, number: _unpack(word, i, number))
@@ -322,14 +350,24 @@ if not SIMULATED:
             z = weight * -_LOG2_E * c + z
         return _reciprocal(_ONE + _exp2(z))
 
+    def _coarse_gate(u, bias, weight, c, version):
+        # sigmoid(z) = (tanh(z / 2) + 1) / 2
+        z = u * _HALF + bias * _HALF
+        if version == 2:
+            z = weight * _HALF * c + z
+        return _HALF * _approximate_tanh(z) + _HALF
+
     def _sigmoid_float64(x):
         return 1 / (1 + math.exp(-x))
 
+    def _absolute_tanh(x):
+        # 1 - 2 / (exp(2 x) + 1)
+        return _ONE - _reciprocal(_HALF * _exp2(x * _TWO_LOG2_E) + _HALF)
+
     def _tanh_float32(x):
-        # Near zero, where 1 - 2 / (exp(2 x) + 1) loses its digits, the Taylor series.
+        # Near zero, where the difference loses its digits, the Taylor series.
         series = x * (_ONE + x * x * _MINUS_THIRD)
-        far = _ONE - _reciprocal(_HALF * _exp2(x * _TWO_LOG2_E) + _HALF)
-        return _select(abs(x) < _TANH_SERIES_BELOW, series, far)
+        return _select(abs(x) < _TANH_SERIES_BELOW, series, _absolute_tanh(x))
 
     def _by_precision(in_float32: Callable[..., Any], in_float64: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x: in_float32 if x == float32 else in_float64
@@ -338,12 +376,15 @@ if not SIMULATED:
         return _sigmoid_float64(u + bias + weight * c if version == 2 else u + bias)
 
     _inlined(recurrence.gate, lambda u, bias, weight, c, version: _gate_float32 if bias == float32 else _gate_float64)
+    _inlined(recurrence.coarse_gate, lambda u, bias, weight, c, version: _coarse_gate)
     _inlined(recurrence.coarse_tanh, lambda x: lambda x: _approximate_tanh(x))
+    _inlined(_absolute_tanh, lambda x: _absolute_tanh)
+    _inlined(recurrence.absolute_tanh, lambda x: lambda x: _absolute_tanh(x))
     _inlined(recurrence.sigmoid, _by_precision(_sigmoid_float32, _sigmoid_float64))
     _inlined(recurrence.tanh, _by_precision(_tanh_float32, lambda x: math.tanh(x)))
     _inlined(recurrence.exp, _by_precision(_exp_float32, lambda x: math.exp(x)))
 
-_OVERLOADED = () if SIMULATED else (recurrence.gate, recurrence.coarse_tanh)
+_APPROXIMATED = recurrence.gate, recurrence.coarse_gate, recurrence.coarse_tanh, recurrence.absolute_tanh
 for _function in recurrence.COMPOSED:
-    if _function not in _OVERLOADED:
+    if SIMULATED or _function not in _APPROXIMATED:
         device_function(_function)

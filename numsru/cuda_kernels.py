@@ -2,10 +2,10 @@
 
 A column is one (batch row, direction, unit): an independent recurrence. Kernels see every array as words of one number
 or of two, those of neighbouring columns, and H below counts words. A block owns `columns` neighbouring words and goes
-through time in tiles of `chunks * steps` steps; thread (tx, ty) owns word tx and chunk ty of each tile, and loads its
-`steps` steps into registers before it computes. In version 1 each state is linear in the one before, so a thread
-reduces its chunk to c -> decay c + offset; these pairs are exchanged through shared memory, and every thread folds
-them, in the same order, to learn the state at the start of its chunk. Version 2 has one chunk.
+through time in tiles of `chunks * steps` steps; thread (tx, ty) owns word tx and chunk ty of each tile. While it
+computes one tile, what it needs of the next is copied to shared memory. In version 1 each state is linear in the one
+before, so a thread reduces its chunk to c -> decay c + offset; these pairs are exchanged through shared memory, and
+every thread folds them, in the same order, to learn the state at the start of its chunk. Version 2 has one chunk.
 
 Where columns are too few to fill a GPU, blocks also share out the time, a span of tiles to each: a first launch reduces
 every span to c -> decay c + offset, and a second starts each block from these.
@@ -30,17 +30,19 @@ from .cuda_intrinsics import (
     BFLOAT16,
     WORDS,
     address,
-    anew,
+    copy,
     device_function,
-    load,
+    finish_copies,
     narrow,
     pack,
     select,
+    shared_address,
     shift,
     store,
     unpack,
 )
 from .recurrence import (
+    ABSOLUTE_TANH,
     COARSE_TANH,
     LENGTHS,
     MASK,
@@ -51,6 +53,7 @@ from .recurrence import (
     STEPS_PER_STATE,
     TANH,
     Options,
+    coarse_gate,
     count_saved,
     forget_slope,
     gate,
@@ -154,15 +157,20 @@ def _find_padding(mask_pad, position, stride, left, chunk):
 
 
 @device_function
-def _load_late(reset, skip, k, left, from_reset, from_x, between, step_x, skip_kind):
-    """What a thread needs of its k-th step last: the reset gate and the highway's input. Where that of the next is."""
-    reset[k] = load(from_reset, k, left)
-    if skip_kind == SKIP_PROJECTED:
-        skip[k] = load(shift(from_reset, 1, between), k, left)
-    elif skip_kind == SKIP_INPUT:
-        skip[k] = load(from_x, k, left)
-        return shift(from_x, 1, step_x)
-    return from_x
+def _copy_steps(to, spacing, chunk, left, from_u, from_x, between, step_u, step_x, skip_kind, stage):
+    """Begin to copy a thread's steps of u and of the highway's input. Returns where the steps behind them lie."""
+    for k in range(chunk):
+        copy(to, k * spacing, from_u, k, left)
+        copy(to, (chunk + k) * spacing, shift(from_u, 1, between), k, left)
+        if stage != REDUCE_SPANS:
+            copy(to, (2 * chunk + k) * spacing, shift(from_u, 2, between), k, left)
+            if skip_kind == SKIP_PROJECTED:
+                copy(to, (3 * chunk + k) * spacing, shift(from_u, 3, between), k, left)
+            elif skip_kind == SKIP_INPUT:
+                copy(to, (3 * chunk + k) * spacing, from_x, k, left)
+                from_x = shift(from_x, 1, step_x)
+        from_u = shift(from_u, 1, step_u)
+    return from_u, from_x
 
 
 @device_function
@@ -221,6 +229,9 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
     threads, numbers, last = chunks * width, chunk * lanes, lanes - 1
     if number == BFLOAT16 and nonlinearity == TANH:
         nonlinearity = COARSE_TANH
+    reset_gate = coarse_gate if number == BFLOAT16 else gate
+    copies = 2 if stage == REDUCE_SPANS else 3 + (skip_kind != NO_SKIP)  # words of a step
+    held = copies * chunk * threads
     exchanged, distance, chunks_per_state = 2 * threads, tile_length // kept, chunks // kept
 
     def forward(
@@ -229,8 +240,7 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
     ):  # fmt: skip
         decays = cuda.shared.array(exchanged, real_word)
         offsets = cuda.shared.array(exchanged, real_word)
-        candidate_word = cuda.local.array(chunk, word)
-        forget_word = cuda.local.array(chunk, word)
+        copied = cuda.shared.array(held, word)
         candidate = cuda.local.array(numbers, real)
         forget = cuda.local.array(numbers, real)
         reset = cuda.local.array(chunk, word)
@@ -287,29 +297,30 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
         slot = uint64(tx)
 
         tiles_left = narrow(end_tile - first_tile)
-        for k in range(chunk):
-            candidate_word[k] = load(from_u, k, left)
-            forget_word[k] = load(shift(from_u, 1, between), k, left)
-            if stage != REDUCE_SPANS:
-                from_reset = shift(from_u, 2, between)
-                from_x = _load_late(reset, skip, k, left, from_reset, from_x, between, step_x, skip_kind)
-            from_u = shift(from_u, 1, step_u)
+        ahead = left if tiles_left > 0 else int32(0)
+        own = uint64(ty * width + tx)
+        to = shared_address(copied, int64(own))
+        from_u, from_x = _copy_steps(
+            to, threads, chunk, ahead, from_u, from_x, between, step_u, step_x, skip_kind, stage
+        )
         while tiles_left > 0:
             tiles_left = int32(tiles_left - 1)
             padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
+            finish_copies()
             for k in range(chunk):
                 for j in range(lanes):
-                    candidate[k * lanes + j] = unpack(candidate_word[k], j, number)
-                    forget[k * lanes + j] = unpack(forget_word[k], j, number)
-            # Loads of the next tile, which arrive while this one is computed.
+                    candidate[k * lanes + j] = unpack(copied[own + uint64(k * threads)], j, number)
+                    forget[k * lanes + j] = unpack(copied[own + uint64((chunk + k) * threads)], j, number)
+                if stage != REDUCE_SPANS:
+                    reset[k] = copied[own + uint64((2 * chunk + k) * threads)]
+                    if skip_kind != NO_SKIP:
+                        skip[k] = copied[own + uint64((3 * chunk + k) * threads)]
+            # Copies of the next tile, which arrive while this one is computed.
             ahead = int32(left - tile_length) if tiles_left > 0 else int32(0)
-            from_u = shift(from_u, tile_length - chunk, step_u)
-            if stage != REDUCE_SPANS:
-                from_x = shift(from_x, tile_length - chunk, step_x)
-            for k in range(chunk):
-                candidate_word[k] = load(from_u, k, ahead)
-                forget_word[k] = load(shift(from_u, 1, between), k, ahead)
-                from_u = shift(from_u, 1, step_u)
+            from_u, from_x = shift(from_u, tile_length - chunk, step_u), shift(from_x, tile_length - chunk, step_x)
+            from_u, from_x = _copy_steps(
+                to, threads, chunk, ahead, from_u, from_x, between, step_u, step_x, skip_kind, stage
+            )
             if version == 1:
                 _linear_steps(
                     candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
@@ -340,7 +351,7 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         f, c_prev = forget[k * lanes + j], c[j]
                         if version == 2:
                             f = gate(f, unpack(bias_f, j, real), unpack(weight_f, j, real), c_prev, version)
-                        r = gate(
+                        r = reset_gate(
                             unpack(reset[k], j, number),
                             unpack(bias_r, j, real),
                             unpack(weight_r, j, real),
@@ -355,8 +366,6 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         h_k[j] = zero if padding == MASK and is_padding else h_kj
                     store(to_h, k, left, pack(h_k[0], h_k[last], number, word))
                     to_h = shift(to_h, 1, step_x)
-                    from_reset = shift(shift(from_u, k - chunk, step_u), 2, between)
-                    from_x = _load_late(reset, skip, k, ahead, from_reset, from_x, between, step_x, skip_kind)
             if chunks == 1:
                 for j in range(lanes):
                     carry[j] = c[j]
@@ -388,10 +397,15 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
     width, chunks, chunk, lanes, _ = tile
     assert version == 1 or chunks == 1
     number, real = storage
+    if number.bitwidth == 16 and nonlinearity == TANH:
+        nonlinearity = ABSOLUTE_TANH
     word, real_word = words(storage, lanes)
     parts, tile_length, threads = options.parts, chunks * chunk, chunks * width
     exchanged, numbers, last = 2 * threads, chunk * lanes, lanes - 1
-    late_skip = NO_SKIP if stage == REDUCE_SPANS else skip_kind
+    if stage == REDUCE_SPANS:
+        skip_kind = NO_SKIP  # the gradient of c does not depend on the highway's input
+    copies = 4 + (skip_kind != NO_SKIP)  # words of a step
+    held = copies * chunk * threads
 
     def backward(
         u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n, grad_u, grad_x, grad_c_0, sum_bias, sum_weight_c,
@@ -400,8 +414,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
         decays = cuda.shared.array(exchanged, real_word)
         offsets = cuda.shared.array(exchanged, real_word)
         grad_offsets = cuda.shared.array(threads, real_word)
-        candidate_word = cuda.local.array(chunk, word)
-        forget_word = cuda.local.array(chunk, word)
+        copied = cuda.shared.array(held, word)
+        copied_state = cuda.shared.array(threads, real_word)
         candidate = cuda.local.array(numbers, real)
         forget = cuda.local.array(numbers, real)
         reset = cuda.local.array(chunk, word)
@@ -468,7 +482,6 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
         at_u = (position * D + d) * parts * H + unit
         between = int32(H)  # parts of u
         from_u = address(u, at_u)
-        from_reset = address(u, at_u + 2 * H)
         from_x = address(x, at_x) if skip_kind == SKIP_INPUT else from_u
         from_grad_h = address(grad_h, at_x)
         to_u = address(grad_u, at_u)
@@ -477,38 +490,43 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
 
         tiles_left = narrow(end_tile - first_tile)
         ahead = left if tiles_left > 0 else int32(0)
+        own = uint64(ty * width + tx)
+        to = shared_address(copied, int64(own))
+        from_u, from_x = _copy_steps(
+            to, threads, chunk, ahead, from_u, from_x, between, step_u, step_x, skip_kind, WHOLE
+        )
         for k in range(chunk):
-            candidate_word[k] = load(from_u, k, ahead)
-            forget_word[k] = load(shift(from_u, 1, between), k, ahead)
-            from_x = _load_late(reset, skip, k, ahead, from_reset, from_x, between, step_x, late_skip)
-            grad_out[k] = load(from_grad_h, k, ahead)
-            from_u = shift(from_u, 1, step_u)
-            from_reset = shift(from_reset, 1, step_u)
+            copy(to, ((copies - 1) * chunk + k) * threads, from_grad_h, k, ahead)
             from_grad_h = shift(from_grad_h, 1, step_x)
-        c_start = load(at_state, 0, ahead if ty == 0 else int32(0))
+        to_state = shared_address(copied_state, int64(own))
+        copy(to_state, 0, at_state, 0, ahead if ty == 0 else int32(0))
         while tiles_left > 0:
             tiles_left = int32(tiles_left - 1)
             padded = _find_padding(valid, position, stride, left, chunk) if padding == MASK else int32(0)
+            finish_copies()
             for k in range(chunk):
                 for j in range(lanes):
-                    candidate[k * lanes + j] = unpack(candidate_word[k], j, number)
-                    forget[k * lanes + j] = unpack(forget_word[k], j, number)
+                    candidate[k * lanes + j] = unpack(copied[own + uint64(k * threads)], j, number)
+                    forget[k * lanes + j] = unpack(copied[own + uint64((chunk + k) * threads)], j, number)
+                reset[k] = copied[own + uint64((2 * chunk + k) * threads)]
+                if skip_kind != NO_SKIP:
+                    skip[k] = copied[own + uint64((3 * chunk + k) * threads)]
+                grad_out[k] = copied[own + uint64(((copies - 1) * chunk + k) * threads)]
             for j in range(lanes):
-                carry[j] = unpack(c_start, j, real)
+                carry[j] = unpack(copied_state[own], j, real)
                 c[j] = carry[j]
-            # Loads of the next tile, which arrive while this one is computed.
+            # Copies of the next tile, which arrive while this one is computed.
             ahead = int32(left + tile_length) if tiles_left > 0 else int32(0)
-            from_u = shift(from_u, -tile_length - chunk, step_u)
-            from_reset = shift(from_reset, -tile_length - chunk, step_u)
-            if stage != REDUCE_SPANS:
-                from_x = shift(from_x, -tile_length - chunk, step_x)
+            from_u, from_x = shift(from_u, -tile_length - chunk, step_u), shift(from_x, -tile_length - chunk, step_x)
             from_grad_h = shift(from_grad_h, -tile_length - chunk, step_x)
             at_state = shift(at_state, -1, step_saved)
+            from_u, from_x = _copy_steps(
+                to, threads, chunk, ahead, from_u, from_x, between, step_u, step_x, skip_kind, WHOLE
+            )
             for k in range(chunk):
-                candidate_word[k] = load(from_u, k, ahead)
-                forget_word[k] = load(shift(from_u, 1, between), k, ahead)
-                from_u = shift(from_u, 1, step_u)
-            c_start = load(at_state, 0, ahead if ty == 0 else int32(0))
+                copy(to, ((copies - 1) * chunk + k) * threads, from_grad_h, k, ahead)
+                from_grad_h = shift(from_grad_h, 1, step_x)
+            copy(to_state, 0, at_state, 0, ahead if ty == 0 else int32(0))
             if version == 1:
                 _linear_steps(
                     candidate, forget, decay, offset, bias_f, left, padded, padding, chunk, lanes, real
@@ -532,7 +550,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
             # read of them, and in version 1 their forget gate is 1. And dL/dc in front of each step is linear in dL/dc
             # behind it: a thread's steps as one, from the end to the start.
             for j in range(lanes):
-                decay[j], offset[j] = anew(one), zero
+                decay[j], offset[j] = one, zero
             for k in range(chunk):
                 is_padding = _is_padding(k, left, padded, padding)
                 for j in range(lanes):
@@ -571,10 +589,6 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         store(to_x, k, left, pack(out_1[0], out_1[last], number, word))
                         to_x = shift(to_x, 1, step_x)
                     to_u = shift(to_u, 1, step_u)
-                from_x = _load_late(reset, skip, k, ahead, from_reset, from_x, between, step_x, late_skip)
-                grad_out[k] = load(from_grad_h, k, ahead)
-                from_reset = shift(from_reset, 1, step_u)
-                from_grad_h = shift(from_grad_h, 1, step_x)
 
             for j in range(lanes):
                 c[j] = grad_carry[j]
@@ -678,50 +692,53 @@ def signatures(options: Options, storage: Storage, tile: Tile) -> tuple[Any, Any
 
 
 # What follows was measured on an H200 (benchmarks/results). Blocks are counted for its 132 multiprocessors.
-_WANTED_COLUMNS = 2**16  # chunks times columns, of 32 bits: two blocks for each multiprocessor
+_WANTED_COLUMNS = 2**16  # chunks times columns
 _MOST_CHUNKS = 16
-_SPLIT_COLUMNS, _SPLIT_STEPS = 1024, 1024  # so few, and so many, are split into spans
+_FEW_BYTES = 4096  # of the columns in a step of u: backward gets as many threads and steps as forward
+_SPLIT_BYTES, _SPLIT_STEPS = 2048, 1024  # so few, and so many, are split into spans
 _FEWEST_BLOCKS, _WANTED_BLOCKS, _MOST_SPANS = 128, 528, 64
 
 
 def choose_tile(backward: bool, options: Options, storage: Storage, L: int, columns: int, lanes: int) -> Tile:
     """More chunks where there are few columns, so that there is work for the whole GPU, but none without a step.
 
-    Backward keeps more in registers, so its threads have half as many steps, unless there are too few threads anyway.
-    Forward then keeps two states of each of its tiles.
+    Forward keeps a state wherever one of backward's tiles starts, which may be shorter than its own.
     """
-    chunks, steps, distance = 1, STEPS_PER_STATE, STEPS_PER_STATE
-    if options.version == 1:
-        wanted = _WANTED_COLUMNS * (2 if storage.number.bitwidth == 16 else 1) / max(1, columns)
-        most = _MOST_CHUNKS // 2 if _is_split(options, L, columns) else _MOST_CHUNKS
+    size = storage.number.bitwidth // 8
+    is_split = _is_split(options, L, columns * size)
+
+    def chunks_and_steps(backward: bool) -> tuple[int, int]:
+        if options.version == 2:
+            return 1, STEPS_PER_STATE
+        wanted, most, steps = _WANTED_COLUMNS / max(1, columns), _MOST_CHUNKS, STEPS_PER_STATE
+        if backward and columns * size > _FEW_BYTES:
+            # It keeps more in registers: half as many steps or, of 16 bits, a block of half as many threads.
+            most, steps = (most // 2, steps) if size == 2 else (most, steps // 2)
+        if is_split:
+            most = _MOST_CHUNKS // 2
         longest = 1 << max(3, (L - 1).bit_length())  # the least power of two that holds the sequence, or 8
-        of_backward = STEPS_PER_STATE // 2 if wanted < 2 * _MOST_CHUNKS else STEPS_PER_STATE
+        return max(STEPS_PER_STATE // steps, min(int(2 ** round(math.log2(wanted))), most, longest // steps)), steps
 
-        def chunks_of(steps: int) -> int:
-            return max(STEPS_PER_STATE // steps, min(int(2 ** round(math.log2(wanted))), most, longest // steps))
-
-        steps = of_backward if backward else STEPS_PER_STATE
-        chunks, distance = chunks_of(steps), chunks_of(of_backward) * of_backward
-    threads = 256 if storage.number.bitwidth == 16 and lanes == 2 else 128
-    if _is_split(options, L, columns):
-        width = 16 // lanes
+    chunks, steps = chunks_and_steps(backward)
+    if is_split:
+        width = 16
     else:
-        width = max(8, threads // chunks)
+        width = max(8, (256 if size == 2 and lanes == 2 and not backward else 128) // chunks)
         # Narrow blocks if there would be too few, but not below 8 words, in version 2 a warp.
         while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
             width //= 2
-    return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // distance)
+    return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // math.prod(chunks_and_steps(True)))
 
 
-def _is_split(options: Options, L: int, columns: int) -> bool:
-    """Whether there are too few columns for the GPU, and steps enough to share them out between blocks."""
-    return options.version == 1 and options.padding != PACKED and columns <= _SPLIT_COLUMNS and L >= _SPLIT_STEPS
+def _is_split(options: Options, L: int, size: int) -> bool:
+    """Whether a step has too few bytes for the GPU, and steps enough to share them out between blocks."""
+    return options.version == 1 and options.padding != PACKED and size <= _SPLIT_BYTES and L >= _SPLIT_STEPS
 
 
-def _choose_spans(options: Options, tile: Tile, L: int, columns: int) -> tuple[int, int]:
+def _choose_spans(options: Options, storage: Storage, tile: Tile, L: int, columns: int) -> tuple[int, int]:
     """How many spans the time is cut into, and the tiles of each."""
     tiles = max(1, -(-L // (tile.chunks * tile.steps)))
-    if not _is_split(options, L, columns):
+    if not _is_split(options, L, columns * storage.number.bitwidth // 8):
         return 1, tiles
     blocks = -(-columns // (tile.columns * tile.lanes))
     span_tiles = -(-tiles // max(1, min(_MOST_SPANS, _WANTED_BLOCKS // blocks)))
@@ -756,7 +773,7 @@ def _plan(
         if count >= 2**31:
             raise ValueError(f"the CUDA kernels take at most 2^31 - 1 {what}, got {count}")
     tile = choose_tile(make_kernel is backward_kernel, options, storage, steps, columns, lanes)
-    spans, span_tiles = _choose_spans(options, tile, steps, columns)
+    spans, span_tiles = _choose_spans(options, storage, tile, steps, columns)
     kernels = tuple(
         _kernel(make_kernel, options, storage, tile, stage)
         for stage in ((WHOLE,) if spans == 1 else (REDUCE_SPANS, SPANS))
@@ -779,12 +796,12 @@ def launch_bounds(
 ) -> tuple[int, int]:
     """Threads of a block and how many blocks a multiprocessor must be able to hold."""
     threads, backward = tile.columns * tile.chunks, make_kernel is backward_kernel
-    if storage.real == float64 or (tile.lanes == 2 and storage.number.bitwidth == 32):
+    if storage.real == float64 or (backward and (tile.lanes == 2 or options.version == 2)):
         resident = 256
-    elif not backward or tile.steps == 4:
-        resident = 512
     else:
-        resident = 256 if tile.lanes == 2 or options.version == 2 else 384
+        resident = 384 if backward and tile.steps == STEPS_PER_STATE else 512
+    if tile.lanes == 2 and capability < (8, 0):
+        resident = 256  # what is copied goes through registers there
     if backward and capability >= (10, 0):  # for which the compiler takes more registers
         resident //= 2
     return threads, max(1, resident // threads)
@@ -795,16 +812,13 @@ def _count_lanes(options: Options, columns: int, H: int, u: Tensor, *arrays: Ten
 
     That is half as many loads, and as much of the address arithmetic. Few columns of 32 bits give every thread one.
     """
-    if u.itemsize > 4 or options.version != 1 or H % 2 or (u.itemsize == 4 and columns <= _FEW_COLUMNS):
+    if u.itemsize > 4 or options.version != 1 or H % 2 or (u.itemsize == 4 and columns * 4 <= _FEW_BYTES):
         return 1
     addresses = u.data_ptr()
     for a in arrays:
         if a is not None:
             addresses |= a.data_ptr()
     return 2 if addresses % 8 == 0 else 1
-
-
-_FEW_COLUMNS = 2048
 
 
 def forward(

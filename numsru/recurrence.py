@@ -19,7 +19,7 @@ import math
 from typing import NamedTuple
 
 # Codes for the compile-time choices below; kernels freeze them, so a branch on one costs nothing at run time.
-IDENTITY, TANH, RELU, SELU, COARSE_TANH = range(5)
+IDENTITY, TANH, RELU, SELU, COARSE_TANH, ABSOLUTE_TANH = range(6)
 NONLINEARITIES = {"identity": IDENTITY, "tanh": TANH, "relu": RELU, "selu": SELU}
 
 PAPER, HIGHWAY = range(2)
@@ -87,6 +87,16 @@ def gate(u, bias, weight, c, version):
     return sigmoid(u + bias)
 
 
+def absolute_tanh(x):
+    """tanh, for gradients of 16 bits: as exact as 1 is, and no more exact near 0."""
+    return tanh(x)
+
+
+def coarse_gate(u, bias, weight, c, version):
+    """`gate`, for the reset gate of an h that is rounded to 8 bits. Not for the forget gate, whose errors add up."""
+    return gate(u, bias, weight, c, version)
+
+
 def next_state(f, candidate, c):
     return f * c + (type(f)(1) - f) * candidate
 
@@ -97,6 +107,8 @@ def activate(c, nonlinearity):
         return tanh(c)
     if nonlinearity == COARSE_TANH:
         return coarse_tanh(c)
+    if nonlinearity == ABSOLUTE_TANH:
+        return absolute_tanh(c)
     if nonlinearity == RELU and c < type(c)(0):
         return type(c)(0)
     if nonlinearity == SELU:
@@ -109,22 +121,22 @@ def activate(c, nonlinearity):
 
 def activate_grad(c, g, nonlinearity):
     """g'(c), where g = activate(c)."""
-    if nonlinearity == TANH:
-        return type(c)(1) - g * g
-    if nonlinearity == RELU and c <= type(c)(0):
-        return type(c)(0)
+    if nonlinearity == IDENTITY:
+        return type(c)(1)
+    if nonlinearity == RELU:
+        return type(c)(0) if c <= type(c)(0) else type(c)(1)
     if nonlinearity == SELU:
         if c > type(c)(0):
             return type(c)(SELU_SCALE)
         return g + type(c)(SELU_SCALE * SELU_ALPHA)
-    return type(c)(1)
+    return type(c)(1) - g * g  # tanh of every kind
 
 
 def output(c, r, skip, mask, nonlinearity, placement):
     """h. Without a highway, skip = 0."""
     g = activate(c, nonlinearity)
     if placement == PAPER:
-        return r * (mask * g) + (type(r)(1) - r) * skip
+        return skip + (mask * g - skip) * r
     return skip + (g - skip) * mask * r
 
 
@@ -133,26 +145,27 @@ def output_grads(grad_h, c, r, skip, mask, nonlinearity, placement):
     one = type(r)(1)
     g = activate(c, nonlinearity)
     if placement == PAPER:
-        grad_r = grad_h * (mask * g - skip)
         grad_skip = grad_h * (one - r)
+        grad_reset = grad_skip * r * (mask * g - skip)
     else:
-        grad_r = grad_h * (g - skip) * mask
         grad_skip = grad_h * (one - r * mask)
-    return grad_r * r * (one - r), grad_skip, grad_h * mask * r * activate_grad(c, g, nonlinearity)
+        grad_reset = grad_h * (one - r) * r * ((g - skip) * mask)
+    return grad_reset, grad_skip, grad_h * mask * r * activate_grad(c, g, nonlinearity)
 
 
 def forget_slope(c_prev, f, candidate):
-    """The derivative of c in u_f."""
-    return (c_prev - candidate) * f * (type(f)(1) - f)
+    """The derivative of c in u_f, (c' - candidate) f (1 - f), but for the factor 1 - f."""
+    return (c_prev - candidate) * f
 
 
 def state_grads(grad_c, grad_reset, slope, f, weight_f, weight_r, version):
     """Gradients of u_x, u_f and c', from the whole of dL/dc and, in version 2, the gradient of u_r."""
-    grad_forget = grad_c * slope
+    grad_candidate = grad_c * (type(f)(1) - f)
+    grad_forget = grad_candidate * slope
     grad_c_prev = grad_c * f
     if version == 2:
         grad_c_prev = grad_c_prev + grad_forget * weight_f + grad_reset * weight_r
-    return grad_c * (type(f)(1) - f), grad_forget, grad_c_prev
+    return grad_candidate, grad_forget, grad_c_prev
 
 
 def backward_step(
@@ -172,6 +185,6 @@ def backward_step(
 
 # What a backend has to compile besides `exp`, `tanh` and `sigmoid`.
 COMPOSED = (
-    gate, coarse_tanh, next_state, activate, activate_grad, output, output_grads, forget_slope,
-    state_grads, backward_step,
+    gate, coarse_gate, coarse_tanh, absolute_tanh, next_state, activate, activate_grad, output, output_grads,
+    forget_slope, state_grads, backward_step,
 )  # fmt: skip

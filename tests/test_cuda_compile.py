@@ -41,8 +41,8 @@ float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float
 # The tiles that are chosen for many columns and for few, forward and backward, where pairs can be loaded and where not.
 MANY, FEW = (Tile(128, 1, 8), Tile(64, 2, 4)), (Tile(8, 16, 8),) * 2
 PAIRS, MORE_PAIRS = (Tile(16, 8, 8, 2, 2), Tile(16, 8, 4, 2)), (Tile(64, 2, 8, 2, 2), Tile(64, 2, 4, 2))
-PAIRS_OF_16_BITS = Tile(32, 8, 8, 2, 2), Tile(32, 8, 4, 2)
-FEW_PAIRS_OF_16_BITS = (Tile(16, 16, 8, 2),) * 2
+PAIRS_OF_16_BITS = Tile(32, 8, 8, 2), Tile(16, 8, 8, 2)
+FEW_PAIRS_OF_16_BITS = Tile(16, 16, 8, 2, 2), Tile(16, 8, 8, 2)
 SPLIT = (Tile(16, 8, 8),) * 2
 ONE_CHUNK = (Tile(128, 1, 8),) * 2
 

@@ -205,25 +205,29 @@ def test_time_in_spans_matches_the_float64_reference(run, set_tile, monkeypatch,
     set_tile(Tile(4, 2, 2))
     monkeypatch.setattr(cuda_kernels, "_SPLIT_STEPS", 1)
     monkeypatch.setattr(cuda_kernels, "_MOST_SPANS", spans)
-    chosen = cuda_kernels._choose_spans(Options(), Tile(4, 2, 2), case.L, case.B * case.D * case.H)[0]
+    chosen = cuda_kernels._choose_spans(
+        Options(), STORAGE[case.dtype], Tile(4, 2, 2), case.L, case.B * case.D * case.H
+    )[0]
     assert 1 < chosen <= spans
     assert_matches_reference(run, case)
 
 
 @pytest.mark.parametrize(
-    ("options", "L", "columns", "split"),
+    ("options", "dtype", "L", "columns", "split"),
     [
-        (Options(), 1024, 1024, True),
-        (Options(), 1023, 1024, False),
-        (Options(), 1024, 1025, False),
-        (Options(padding=recurrence.PACKED), 1024, 64, False),
-        (Options(version=2), 1024, 64, False),
+        (Options(), torch.float32, 1024, 512, True),
+        (Options(), torch.bfloat16, 1024, 1024, True),
+        (Options(), torch.float32, 1023, 512, False),
+        (Options(), torch.float32, 1024, 513, False),
+        (Options(), torch.bfloat16, 1024, 1025, False),
+        (Options(padding=recurrence.PACKED), torch.float32, 1024, 64, False),
+        (Options(version=2), torch.float32, 1024, 64, False),
     ],
 )
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_time_is_split_for_few_columns_and_many_steps(backward, options, L, columns, split):
-    tile = cuda_kernels.choose_tile(backward, options, STORAGE[torch.float32], L, columns, 1)
-    spans, tiles = cuda_kernels._choose_spans(options, tile, L, columns)
+def test_time_is_split_for_few_columns_and_many_steps(backward, options, dtype, L, columns, split):
+    tile = cuda_kernels.choose_tile(backward, options, STORAGE[dtype], L, columns, 1)
+    spans, tiles = cuda_kernels._choose_spans(options, STORAGE[dtype], tile, L, columns)
     assert (spans > 1) == split
     assert spans * tiles * tile.chunks * tile.steps >= L
 
@@ -344,15 +348,17 @@ float32, bfloat16 = torch.float32, torch.bfloat16
         (1000, 2**14, float32, 1, Tile(32, 4, 8, 1, 2), Tile(32, 4, 4)),
         (1000, 2**13, float32, 2, Tile(16, 8, 8, 2, 2), Tile(16, 8, 4, 2)),
         (1000, 2**12, float32, 2, Tile(8, 16, 8, 2, 2), Tile(8, 16, 4, 2)),
-        (1000, 2**11, float32, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
+        (1000, 2**11, float32, 2, Tile(8, 16, 8, 2, 2), Tile(8, 16, 4, 2)),
+        (1000, 2**10, float32, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
+        (1000, 2**11, bfloat16, 2, Tile(8, 16, 8, 2), Tile(8, 16, 8, 2)),
         (1000, 100, float32, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
         (2000, 100, float32, 1, Tile(16, 8, 8), Tile(16, 8, 8)),
-        (2000, 100, bfloat16, 2, Tile(8, 8, 8, 2), Tile(8, 8, 8, 2)),
-        (1000, 2**15, bfloat16, 2, Tile(64, 4, 8, 2, 2), Tile(64, 4, 4, 2)),
-        (1000, 2**14, bfloat16, 2, Tile(32, 8, 8, 2, 2), Tile(32, 8, 4, 2)),
-        (1000, 2**13, bfloat16, 2, Tile(16, 16, 8, 2, 2), Tile(16, 16, 4, 2)),
-        (1000, 2**12, bfloat16, 2, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
-        (1000, 2**12, bfloat16, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
+        (2000, 100, bfloat16, 2, Tile(16, 8, 8, 2), Tile(16, 8, 8, 2)),
+        (1000, 2**15, bfloat16, 2, Tile(128, 2, 8, 2), Tile(64, 2, 8, 2)),
+        (1000, 2**14, bfloat16, 2, Tile(64, 4, 8, 2), Tile(32, 4, 8, 2)),
+        (1000, 2**13, bfloat16, 2, Tile(32, 8, 8, 2), Tile(16, 8, 8, 2)),
+        (1000, 2**12, bfloat16, 2, Tile(16, 16, 8, 2, 2), Tile(16, 8, 8, 2)),
+        (1000, 2**12, bfloat16, 1, Tile(8, 16, 8, 1, 2), Tile(16, 8, 8)),
         (0, 2**14, float32, 2, Tile(64, 1, 8, 2), Tile(64, 2, 4, 2)),
         (8, 2**14, float32, 2, Tile(64, 1, 8, 2), Tile(64, 2, 4, 2)),
         (9, 2**14, float32, 2, Tile(64, 2, 8, 2), Tile(32, 4, 4, 2)),
