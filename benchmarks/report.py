@@ -122,8 +122,12 @@ def replace_on_page(path: Path, command: str, text: str) -> None:
 def plot_ratios(result: dict[str, Any]) -> Figure:
     """Time of each contestant over that of numsru.SRU, at every point."""
     number_of_points = len({e["point"] for e in result["layers"]})
-    figure = Figure(figsize=(6 + 1.1 * number_of_points, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    if number_of_points <= 10:
+        figure = Figure(figsize=(6 + 1.1 * number_of_points, 5), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+    else:
+        figure = Figure(figsize=(4 + 0.5 * number_of_points, 10), layout="constrained")
+        panels = figure.subplots(2, 1, sharey=True)
     for panel, name in zip(panels, ("forward", "forward+backward"), strict=True):
         entries = [e for e in result["layers"] if e["pass"] == name]
         contestants = list(dict.fromkeys(c for e in entries for c in e["ratios"]))
@@ -139,7 +143,7 @@ def plot_ratios(result: dict[str, Any]) -> Figure:
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("time ÷ time of numsru.SRU")
+        panel.set_ylabel("time ÷ time of numsru.SRU")
     panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.suptitle(_title(result))
     return figure

@@ -735,13 +735,16 @@ def _is_split(options: Options, L: int, size: int) -> bool:
     return options.version == 1 and options.padding != PACKED and size <= _SPLIT_BYTES and L >= _SPLIT_STEPS
 
 
-def _choose_spans(options: Options, storage: Storage, tile: Tile, L: int, columns: int) -> tuple[int, int]:
+def _choose_spans(
+    backward: bool, options: Options, storage: Storage, tile: Tile, L: int, columns: int
+) -> tuple[int, int]:
     """How many spans the time is cut into, and the tiles of each."""
     tiles = max(1, -(-L // (tile.chunks * tile.steps)))
     if not _is_split(options, L, columns * storage.number.bitwidth // 8):
         return 1, tiles
     blocks = -(-columns // (tile.columns * tile.lanes))
-    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, _WANTED_BLOCKS // blocks)))
+    wanted = _WANTED_BLOCKS // 2 if backward else _WANTED_BLOCKS  # a GPU holds half as many of them at once
+    span_tiles = -(-tiles // max(1, min(_MOST_SPANS, wanted // blocks)))
     return -(-tiles // span_tiles), span_tiles
 
 
@@ -773,7 +776,7 @@ def _plan(
         if count >= 2**31:
             raise ValueError(f"the CUDA kernels take at most 2^31 - 1 {what}, got {count}")
     tile = choose_tile(make_kernel is backward_kernel, options, storage, steps, columns, lanes)
-    spans, span_tiles = _choose_spans(options, storage, tile, steps, columns)
+    spans, span_tiles = _choose_spans(make_kernel is backward_kernel, options, storage, tile, steps, columns)
     kernels = tuple(
         _kernel(make_kernel, options, storage, tile, stage)
         for stage in ((WHOLE,) if spans == 1 else (REDUCE_SPANS, SPANS))

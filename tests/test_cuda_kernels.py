@@ -205,9 +205,8 @@ def test_time_in_spans_matches_the_float64_reference(run, set_tile, monkeypatch,
     set_tile(Tile(4, 2, 2))
     monkeypatch.setattr(cuda_kernels, "_SPLIT_STEPS", 1)
     monkeypatch.setattr(cuda_kernels, "_MOST_SPANS", spans)
-    chosen = cuda_kernels._choose_spans(
-        Options(), STORAGE[case.dtype], Tile(4, 2, 2), case.L, case.B * case.D * case.H
-    )[0]
+    columns = case.B * case.D * case.H
+    chosen = cuda_kernels._choose_spans(False, Options(), STORAGE[case.dtype], Tile(4, 2, 2), case.L, columns)[0]
     assert 1 < chosen <= spans
     assert_matches_reference(run, case)
 
@@ -227,7 +226,7 @@ def test_time_in_spans_matches_the_float64_reference(run, set_tile, monkeypatch,
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_time_is_split_for_few_columns_and_many_steps(backward, options, dtype, L, columns, split):
     tile = cuda_kernels.choose_tile(backward, options, STORAGE[dtype], L, columns, 1)
-    spans, tiles = cuda_kernels._choose_spans(options, STORAGE[dtype], tile, L, columns)
+    spans, tiles = cuda_kernels._choose_spans(backward, options, STORAGE[dtype], tile, L, columns)
     assert (spans > 1) == split
     assert spans * tiles * tile.chunks * tile.steps >= L
 
