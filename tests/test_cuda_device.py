@@ -1,5 +1,11 @@
 """numsru on a GPU as its users run it: graphs, streams, devices, dtypes. The kernels alone: test_cuda_kernels.py."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -188,3 +194,20 @@ def test_few_long_sequences_match_the_cpu():
     exact = run(make({}, device="cpu").double(), x.cpu().double(), grad.cpu().double())
     for a, b in zip(run(rnn, x, grad), exact, strict=True):
         assert (a.cpu().double() - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("no compute-sanitizer, which is part of the CUDA toolkit")
+    command = [
+        *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"),
+        *("--report-api-errors", "no", sys.executable, "-m", "pytest", "-q", "-m", "gpu"),
+        *("-k", "chosen_tiles", "-o", "filterwarnings=default"),
+        str(Path(__file__).with_name("test_cuda_kernels.py")),
+    ]
+    # Without torch's own allocator, which would hide what reaches beyond an array.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
