@@ -4,9 +4,9 @@ Kernels move words: one number, or two neighbours in one load or store. A word i
 `pack` turn it into the numbers that are computed with and back.
 
 In float32, sigmoid is five instructions on the GPU's approximate exponential and reciprocal: absolute error below
-3e-7, the right limits at infinity, NaN stays NaN; tanh likewise, its relative error below 2e-6. In h of bfloat16,
-of 8 bits, tanh is the GPU's one instruction, of 11 bits. The simulator runs `recurrence.py` and the plain functions
-here as they stand.
+3e-7, the right limits at infinity, NaN stays NaN; tanh likewise, its relative error below 2e-6. In bfloat16, of 8
+bits, two kinds of tanh are shorter: `coarse_tanh` for h and, in layers with a highway, `absolute_tanh` for derivatives.
+The simulator runs `recurrence.py` and the plain functions here as they stand.
 """
 
 import importlib
@@ -350,13 +350,6 @@ if not SIMULATED:
             z = weight * -_LOG2_E * c + z
         return _reciprocal(_ONE + _exp2(z))
 
-    def _coarse_gate(u, bias, weight, c, version):
-        # sigmoid(z) = (tanh(z / 2) + 1) / 2
-        z = u * _HALF + bias * _HALF
-        if version == 2:
-            z = weight * _HALF * c + z
-        return _HALF * _approximate_tanh(z) + _HALF
-
     def _sigmoid_float64(x):
         return 1 / (1 + math.exp(-x))
 
@@ -376,7 +369,6 @@ if not SIMULATED:
         return _sigmoid_float64(u + bias + weight * c if version == 2 else u + bias)
 
     _inlined(recurrence.gate, lambda u, bias, weight, c, version: _gate_float32 if bias == float32 else _gate_float64)
-    _inlined(recurrence.coarse_gate, lambda u, bias, weight, c, version: _coarse_gate)
     _inlined(recurrence.coarse_tanh, lambda x: lambda x: _approximate_tanh(x))
     _inlined(_absolute_tanh, lambda x: _absolute_tanh)
     _inlined(recurrence.absolute_tanh, lambda x: lambda x: _absolute_tanh(x))
@@ -384,7 +376,7 @@ if not SIMULATED:
     _inlined(recurrence.tanh, _by_precision(_tanh_float32, lambda x: math.tanh(x)))
     _inlined(recurrence.exp, _by_precision(_exp_float32, lambda x: math.exp(x)))
 
-_APPROXIMATED = recurrence.gate, recurrence.coarse_gate, recurrence.coarse_tanh, recurrence.absolute_tanh
+_APPROXIMATED = recurrence.gate, recurrence.coarse_tanh, recurrence.absolute_tanh
 for _function in recurrence.COMPOSED:
     if SIMULATED or _function not in _APPROXIMATED:
         device_function(_function)

@@ -53,7 +53,6 @@ from .recurrence import (
     STEPS_PER_STATE,
     TANH,
     Options,
-    coarse_gate,
     count_saved,
     forget_slope,
     gate,
@@ -229,7 +228,6 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
     threads, numbers, last = chunks * width, chunk * lanes, lanes - 1
     if number == BFLOAT16 and nonlinearity == TANH:
         nonlinearity = COARSE_TANH
-    reset_gate = coarse_gate if number == BFLOAT16 else gate
     copies = 2 if stage == REDUCE_SPANS else 3 + (skip_kind != NO_SKIP)  # words of a step
     held = copies * chunk * threads
     exchanged, distance, chunks_per_state = 2 * threads, tile_length // kept, chunks // kept
@@ -351,7 +349,7 @@ def forward_kernel(options: Options, storage: Storage, tile: Tile, stage: int = 
                         f, c_prev = forget[k * lanes + j], c[j]
                         if version == 2:
                             f = gate(f, unpack(bias_f, j, real), unpack(weight_f, j, real), c_prev, version)
-                        r = reset_gate(
+                        r = gate(
                             unpack(reset[k], j, number),
                             unpack(bias_r, j, real),
                             unpack(weight_r, j, real),
@@ -397,8 +395,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
     width, chunks, chunk, lanes, _ = tile
     assert version == 1 or chunks == 1
     number, real = storage
-    if number.bitwidth == 16 and nonlinearity == TANH:
-        nonlinearity = ABSOLUTE_TANH
+    if number == BFLOAT16 and nonlinearity == TANH and skip_kind != NO_SKIP:
+        nonlinearity = ABSOLUTE_TANH  # of g - x: without x, the small ones count
     word, real_word = words(storage, lanes)
     parts, tile_length, threads = options.parts, chunks * chunk, chunks * width
     exchanged, numbers, last = 2 * threads, chunk * lanes, lanes - 1
@@ -573,6 +571,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         g_reset, g_skip = select(is_padding, zero, g_reset), select(is_padding, zero, g_skip)
                         through_h[i] = select(is_padding, zero, through_h[i])
                         slope[i] = select(is_padding, zero, slope[i])
+                    if version == 2:
+                        forget[i] = select(is_padding, one, forget[i])  # what is read there may be NaN
                     decay[j] = decay[j] * forget[i]
                     offset[j] += decay[j] * through_h[i]
                     grad_reset[i] = g_reset
@@ -730,9 +730,9 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
     return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // math.prod(chunks_and_steps(True)))
 
 
-def _is_split(options: Options, L: int, size: int) -> bool:
+def _is_split(options: Options, L: int, step_bytes: int) -> bool:
     """Whether a step has too few bytes for the GPU, and steps enough to share them out between blocks."""
-    return options.version == 1 and options.padding != PACKED and size <= _SPLIT_BYTES and L >= _SPLIT_STEPS
+    return options.version == 1 and options.padding != PACKED and step_bytes <= _SPLIT_BYTES and L >= _SPLIT_STEPS
 
 
 def _choose_spans(
@@ -797,14 +797,14 @@ def _kernel(
 def launch_bounds(
     make_kernel: Callable[..., Any], options: Options, storage: Storage, tile: Tile, capability: tuple[int, int]
 ) -> tuple[int, int]:
-    """Threads of a block and how many blocks a multiprocessor must be able to hold."""
+    """Threads of a block, and for how many blocks the registers of a multiprocessor must do."""
     threads, backward = tile.columns * tile.chunks, make_kernel is backward_kernel
     if storage.real == float64 or (backward and (tile.lanes == 2 or options.version == 2)):
         resident = 256
     else:
         resident = 384 if backward and tile.steps == STEPS_PER_STATE else 512
-    if tile.lanes == 2 and capability < (8, 0):
-        resident = 256  # what is copied goes through registers there
+    if capability < (8, 0):
+        resident = 256  # what is copied goes through registers there, and memory for more blocks is not there either
     if backward and capability >= (10, 0):  # for which the compiler takes more registers
         resident //= 2
     return threads, max(1, resident // threads)

@@ -360,8 +360,8 @@ class SRU(_SRUBase):
 
     Outputs: `output, c_n`
         - **output**: as the input, with `D*H` features; exactly 0 at padding.
-        - **c_n**: final states, of the shape of c_0 and the parameters' dtype. Pass them as `c_0` of the next piece of a
-          sequence.
+        - **c_n**: final states, of the shape of c_0 and the parameters' dtype. Pass them as `c_0` of the next piece of
+          a sequence.
 
     Parameters of layer i, whose matrix has K = 3 parts (candidate, forget, reset), 4 with a skip matrix:
         - **weight_l{i}**: `(D*K*H, in)`, and with a projection `(D*K*H, projection_size)`

@@ -239,7 +239,7 @@ def _padding_of(inputs, case):
 
 @on(SIMULATOR, EMULATOR, DEVICE)
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-@tiled([LENGTHS, MASK, VERSION_2])
+@tiled([LENGTHS, MASK, VERSION_2, (Tile(4, 1, 2), Case(version=2, D=2, padding="mask"))])
 def test_padding_may_hold_anything(run, set_tile, tile, case, junk):
     set_tile(tile)
     inputs, grads = case.make_inputs()
