@@ -7,7 +7,7 @@ import sys
 import types
 from unittest import mock
 
-import cuda_without_gpu  # noqa: F401  skips this file where numba.cuda cannot be imported
+import cuda_without_gpu  # skips this file where numba.cuda cannot be imported
 import pytest
 import torch
 from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -38,41 +38,43 @@ from numba.cuda.cudadrv.error import NvvmSupportError  # the simulator has none
 
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# The tiles that are chosen for many columns and for few, forward and backward, where pairs can be loaded and where not.
-MANY, FEW = (Tile(128, 1, 8), Tile(64, 2, 4)), (Tile(8, 16, 8),) * 2
-PAIRS, MORE_PAIRS = (Tile(16, 8, 8, 2, 2), Tile(16, 8, 4, 2)), (Tile(64, 2, 8, 2, 2), Tile(64, 2, 4, 2))
-PAIRS_OF_16_BITS = Tile(32, 8, 8, 2), Tile(16, 8, 8, 2)
-FEW_PAIRS_OF_16_BITS = Tile(16, 16, 8, 2, 2), Tile(16, 8, 8, 2)
-SPLIT = (Tile(16, 8, 8),) * 2
-ONE_CHUNK = (Tile(128, 1, 8),) * 2
-
 PLAIN = Options(save_c=True)
 RICH = Options(1, SELU, HIGHWAY, SKIP_PROJECTED, LENGTHS, has_c_0=True, has_mask_c=True, save_c=True)
 BARE = Options(1, RELU, skip=NO_SKIP, padding=MASK, save_c=True)
 PLAIN_2 = Options(2, IDENTITY, save_c=True)
 RICH_2 = Options(2, TANH, padding=PACKED, has_c_0=True, has_mask_c=True, save_c=True)
 
+
+def chosen(options, dtype, columns, lanes, stage=WHOLE):
+    """Everything but the direction that makes a kernel, with the tiles of forward and backward."""
+    L = 1000 if stage == WHOLE else 2000
+    tiles = (cuda_kernels.choose_tile(b, options, STORAGE[dtype], L, columns, lanes) for b in (False, True))
+    return options, tuple(tiles), dtype, stage
+
+
+MANY = 10**6
 COMPILED = [
-    (PLAIN, MANY, float32, WHOLE),
-    (PLAIN, FEW, float32, WHOLE),
-    (PLAIN, PAIRS, float32, WHOLE),
-    (PLAIN, MORE_PAIRS, float32, WHOLE),
-    (PLAIN, SPLIT, float32, REDUCE_SPANS),
-    (PLAIN, SPLIT, float32, SPANS),
-    (PLAIN, PAIRS_OF_16_BITS, bfloat16, WHOLE),
-    (PLAIN, FEW_PAIRS_OF_16_BITS, bfloat16, WHOLE),
-    (PLAIN, FEW_PAIRS_OF_16_BITS, float16, WHOLE),
-    (PLAIN, FEW_PAIRS_OF_16_BITS, bfloat16, REDUCE_SPANS),
-    (PLAIN, MANY, bfloat16, WHOLE),
-    (RICH, FEW, float32, WHOLE),
-    (RICH, PAIRS, float32, WHOLE),
-    (RICH, FEW, float64, WHOLE),
-    (RICH, PAIRS_OF_16_BITS, bfloat16, WHOLE),
-    (BARE, PAIRS, float32, WHOLE),
-    (BARE, FEW_PAIRS_OF_16_BITS, bfloat16, WHOLE),
-    (PLAIN_2, ONE_CHUNK, float32, WHOLE),
-    (PLAIN_2, ONE_CHUNK, bfloat16, WHOLE),
-    (RICH_2, ONE_CHUNK, float64, WHOLE),
+    chosen(PLAIN, float32, MANY, 1),
+    chosen(PLAIN, float32, 2**15, 2),
+    chosen(PLAIN, float32, 2**13, 2),
+    chosen(PLAIN, float32, 2**10, 1),
+    chosen(PLAIN, float32, 2**9, 1, REDUCE_SPANS),
+    chosen(PLAIN, float32, 2**9, 1, SPANS),
+    chosen(PLAIN, bfloat16, 2**15, 2),
+    chosen(PLAIN, bfloat16, 2**12, 2),
+    chosen(PLAIN, float16, 2**12, 2),
+    chosen(PLAIN, bfloat16, 2**10, 2, REDUCE_SPANS),
+    chosen(PLAIN, bfloat16, 2**10, 2, SPANS),
+    chosen(PLAIN, bfloat16, MANY, 1),
+    chosen(RICH, float32, 2**13, 2),
+    chosen(RICH, float32, 2**10, 1),
+    chosen(RICH, float64, 2**9, 1),
+    chosen(RICH, bfloat16, 2**13, 2),
+    chosen(BARE, float32, 2**13, 2),
+    chosen(BARE, bfloat16, 2**12, 2),
+    chosen(PLAIN_2, float32, MANY, 1),
+    chosen(PLAIN_2, bfloat16, MANY, 1),
+    chosen(RICH_2, float64, MANY, 1),
 ]
 NAMES = {PLAIN: "plain", RICH: "rich", BARE: "bare", PLAIN_2: "plain", RICH_2: "rich"}
 STAGES = {WHOLE: "", REDUCE_SPANS: "-reduce", SPANS: "-spans"}
@@ -92,7 +94,7 @@ needs_compiler = pytest.mark.skipif(bool(reason := _why_not()), reason=reason)
 
 def kernels(compiled):
     ids = [
-        f"version_{o.version}-{NAMES[o]}-{t.chunks}x{t.lanes}-{str(dtype)[6:]}{STAGES[stage]}"
+        f"version_{o.version}-{NAMES[o]}-{'x'.join(map(str, t[:4]))}-{str(dtype)[6:]}{STAGES[stage]}"
         for o, (t, _), dtype, stage in compiled
     ]
     return pytest.mark.parametrize(("options", "tile", "dtype", "stage"), compiled, ids=ids)
@@ -120,7 +122,8 @@ def _library(make_kernel, options, tile, dtype, stage, cc):
 
 def _link(compiled, cc, kind, **options):
     """Machine code or PTX after optimisation at link time, as `cuda.jit` has it, with the linker's remarks."""
-    # What Numba makes of a kernel differs between these devices only in launch bounds and rounding to bfloat16.
+    # What Numba makes of a kernel differs between devices in launch bounds and, below 8.0, in copies to shared memory
+    # and rounding to bfloat16.
     library = _library(*compiled, (9, 0) if (8, 0) <= cc < (10, 0) else cc)
     options = LinkerOptions(arch="sm_" + "".join(map(str, cc)), link_time_optimization=True, **options)
     linker = Linker(ObjectCode.from_ltoir(library.get_ltoir(cc=cc)), options=options)
@@ -128,9 +131,9 @@ def _link(compiled, cc, kind, **options):
 
 
 @functools.cache
-def _ptx(compiled):
-    # The capability whose code differs most from the emulator's tests, which run that of 9.0.
-    return _link(compiled, (7, 5), "ptx", ptx=True)[0].decode()
+def _ptx(compiled, cc=(7, 5)):
+    # By default of the capability whose code differs most from the emulator's tests, which run that of 9.0.
+    return _link(compiled, cc, "ptx", ptx=True)[0].decode()
 
 
 @functools.cache
@@ -192,6 +195,23 @@ def test_float32_kernel_has_no_float64_instruction(make_kernel, options, tile, d
     assert ".f64" not in _ptx((make_kernel, options, tile[make_kernel is backward_kernel], dtype, stage))
 
 
+@needs_compiler
+@passes
+@kernels([c for c in COMPILED if c[3] == WHOLE and c[2].itemsize * c[1][0].lanes >= 4])
+def test_next_tile_is_copied_while_one_is_computed(make_kernel, options, tile, dtype, stage):
+    tile, backward = tile[make_kernel is backward_kernel], make_kernel is backward_kernel
+    ptx = _ptx((make_kernel, options, tile, dtype, stage), (9, 0, "a"))
+    copies = tile.steps * (3 + (options.skip != NO_SKIP) + backward) + backward  # dL/dh, and a state
+    assert ptx.count("cp.async") == len(cuda_without_gpu.COPY.findall(ptx)) + 1
+    what = re.findall(r"cp\.async\.ca|cp\.async\.wait_all|ld\.shared|bar\.sync|st\.global", ptx)
+    start, wait = "cp.async.ca", "cp.async.wait_all"
+    assert what[: copies + 1] == [start] * copies + [wait]  # the first tile's
+    next_copies = what[copies + 1 :].index(start) + copies + 1
+    assert set(what[copies + 1 : next_copies]) == {"ld.shared"}  # all that was copied, before it is written over
+    assert what[next_copies : next_copies + copies] == [start] * copies
+    assert start not in what[next_copies + copies :]
+
+
 @pytest.mark.parametrize("error", [NvvmSupportError, DynamicLibNotFoundError])
 def test_missing_compiler_is_named(monkeypatch, error):
     def jit(signature, **options):
@@ -200,6 +220,6 @@ def test_missing_compiler_is_named(monkeypatch, error):
     monkeypatch.setattr(cuda, "jit", jit)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], MANY[0], WHOLE)
+    kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], Tile(128, 1, 8), WHOLE)
     with pytest.raises(RuntimeError, match=r"no libnvvm.*pip install 'numsru\[cuda1[23]\]'"):
         cuda_launch._compile(kernel, 0)
