@@ -1,11 +1,15 @@
 """One training run of a language model: steps through the text, checkpoints, measurements, and the files it leaves."""
 
 import argparse
+import contextlib
 import io
 import json
 import math
 import random
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +93,7 @@ class Run:
         self.out: Path = args.out
         self.weights, self.checkpoint = self.out / "weights.safetensors", self.out / "checkpoint.pt"
         self.writer: Any = None
+        self.stop = False  # after the current step
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -158,9 +163,33 @@ class Run:
                     self.start_again("stretch")
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     self.log(train_loss=loss, learning_rate=self.learning_rate())
-                if self.step % self.args.checkpoint_every == 0 and i + 1 < self.steps_per_epoch:
+                if (self.stop or self.step % self.args.checkpoint_every == 0) and i + 1 < self.steps_per_epoch:
                     self.save_checkpoint()
+                if self.stop and i + 1 < self.steps_per_epoch:
+                    raise KeyboardInterrupt
         self.end_epoch()
+        if self.stop:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Let Ctrl-C end the training after a step and its checkpoint; a second one ends it at once.
+
+        Several processes, which would have to stop at the same step, stop at once.
+        """
+        if self.processes.count > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def train_step(self, steps: slice) -> None:
         """Learn from these steps of the streams, starting with the state after those before."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import png, write
+from common import InputError, png, write
 from matplotlib.figure import Figure
 
 # Arguments that do not change what an epoch computes; the device and the data are compared as such.
@@ -26,8 +26,20 @@ def difference_of(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def is_finished(out: Path) -> bool:
+    return recorded(out).get("test_accuracy") is not None
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """What a run has written of itself to its folder; empty if there is none."""
     metrics = out / "metrics.json"
-    return metrics.exists() and json.loads(metrics.read_text())["test_accuracy"] is not None
+    if not metrics.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
+        found["best_dev_accuracy"]
+    except (ValueError, KeyError):
+        raise InputError(f"{out} holds files of another program: change --out, or delete the folder") from None
+    return found
 
 
 def draw_curves(path: Path, epochs: list[dict[str, Any]]) -> None:

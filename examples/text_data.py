@@ -97,7 +97,10 @@ def encode(texts: list[str], level: str, limit: int | None = None) -> Corpus:
     parts = [torch.tensor([numbers.get(symbol, unknown) for symbol in part]) for part in (train, valid, test)]
     for name, part in zip(("training", "validation", "test"), parts, strict=True):
         if len(part) < 2:
-            raise InputError(f"the {name} text has {len(part)} symbols, expected at least 2: give a longer text")
+            raise InputError(
+                f"the {name} text has {len(part)} symbols, expected at least 2: give a text of more lines, "
+                "which are shared out between training, validation and test"
+            )
     return Corpus(*parts, vocabulary, level)
 
 

@@ -31,7 +31,7 @@ try:
     import word_vectors
     from classifier_model import Classifier, Convolution, Recurrent
     from common import InputError, choose_device, open_tensorboard, positive, versions, within, write
-    from run_files import configuration, difference_of, draw_curves, is_finished
+    from run_files import configuration, difference_of, draw_curves, is_finished, recorded
     from safetensors import torch as safetensors
     from sentence_data import Examples
     from sklearn.datasets import load_digits
@@ -245,9 +245,13 @@ class Run:
 
     def restore(self) -> None:
         """Go on where the checkpoint was written, if the run there has the same configuration."""
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        difference = difference_of(state["configuration"], self.configuration)
-        if difference:
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            known, _ = state["configuration"], state["best_weights"]
+        except Exception as error:  # zip, pickle and key errors: there is no common class
+            reason = f"{self.checkpoint} is not a checkpoint of this program ({type(error).__name__})"
+            raise InputError(f"{reason}: change --out, or delete the folder") from None
+        if difference := difference_of(known, self.configuration):
             raise InputError(f"{self.out} holds a run with {difference}: resume with its arguments, or change --out")
         for name in PROGRESS:
             setattr(self, name, state[name])
@@ -261,9 +265,15 @@ class Run:
         print(f"resumed after epoch {len(self.epochs)}", flush=True)
 
     def refuse_to_overwrite(self) -> None:
-        """Of a run that was cut off, hours of work may be left: do not start anew on top of it."""
+        """Hours of work may be in a run that was cut off or had other arguments: do not start anew on top of it."""
         if self.checkpoint.exists() and not is_finished(self.out):
             raise InputError(f"{self.out} holds an unfinished run: add --resume, change --out, or delete the folder")
+        if before := recorded(self.out):
+            lengths = ("epochs", "patience")
+            now = self.configuration | {name: getattr(self.args, name) for name in lengths}
+            known = before["configuration"] | {name: before["arguments"][name] for name in lengths}
+            if difference := difference_of(known, now):
+                raise InputError(f"{self.out} holds a run with {difference}: change --out, or delete the folder")
         self.checkpoint.unlink(missing_ok=True)
 
     def save_outputs(self) -> None:

@@ -69,13 +69,18 @@ def generate(args: argparse.Namespace) -> int:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise InputError(f"there is no file {missing[0]}: train first, with the same --out and without --generate")
-    trained = json.loads(files[0].read_text(encoding="utf-8"))["arguments"]
-    vocabulary = json.loads(files[1].read_text(encoding="utf-8"))
     free = {name: getattr(args, name) for name in FREE | {"seed"}}
-    args = argparse.Namespace(**trained | free)
-    with processes.join(args.device) as all_processes:
-        model = build_model(len(vocabulary), args).to(all_processes.device)
+    try:
+        trained = json.loads(files[0].read_text(encoding="utf-8"))["arguments"]
+        vocabulary = json.loads(files[1].read_text(encoding="utf-8"))
+        args = argparse.Namespace(**trained | free)
+        model = build_model(len(vocabulary), args)
         model.load_state_dict(safetensors.load(files[2].read_bytes()))
+    except Exception as error:  # of JSON, of keys, of safetensors: there is no common class
+        reason = f"{args.out} holds no run of this program, or a damaged one ({type(error).__name__})"
+        raise InputError(f"{reason}: choose another --out") from None
+    with processes.join(args.device) as all_processes:
+        model.to(all_processes.device)
         if all_processes.first:
             print(write_text(model, vocabulary, args, args.generate))
     return 0
@@ -91,7 +96,8 @@ def train(args: argparse.Namespace) -> int:
         if all_processes.first:
             describe(run)
         try:
-            run.train()
+            with run.stopped_by_ctrl_c():
+                run.train()
             if all_processes.first:
                 report(run)
         except KeyboardInterrupt:

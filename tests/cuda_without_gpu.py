@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cuda.pathfinder import DynamicLibNotFoundError
+from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
 
 try:
     from numba import cuda, float32
@@ -44,8 +44,20 @@ def why_not(where: str) -> str:
         return "unset NUMBA_ENABLE_CUDASIM to compile the kernels"
     if where == "emulator" and "NUMSRU_PTXEMU" not in os.environ:
         return "set NUMSRU_PTXEMU to the folder of the PTX emulator"
+    if where == "emulator":
+        return no_compiler()
     if where == "device" and not torch.cuda.is_available():
         return "no CUDA device"
+    return ""
+
+
+def no_compiler() -> str:
+    """Which of the libraries that compile kernels is missing; empty if none."""
+    try:
+        for library in ("nvvm", "nvrtc", "nvJitLink"):
+            load_nvidia_dynamic_lib(library)
+    except DynamicLibNotFoundError as error:
+        return f"no compiler: {str(error).splitlines()[0]}"
     return ""
 
 

@@ -11,7 +11,7 @@ import cuda_without_gpu  # skips this file where numba.cuda cannot be imported
 import pytest
 import torch
 from cuda.core import Linker, LinkerOptions, ObjectCode
-from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda
 
 from numsru import cuda_kernels, cuda_launch
@@ -80,16 +80,7 @@ NAMES = {PLAIN: "plain", RICH: "rich", BARE: "bare", PLAIN_2: "plain", RICH_2: "
 STAGES = {WHOLE: "", REDUCE_SPANS: "-reduce", SPANS: "-spans"}
 
 
-def _why_not():
-    try:
-        for library in ("nvvm", "nvrtc", "nvJitLink"):
-            load_nvidia_dynamic_lib(library)
-    except DynamicLibNotFoundError as error:
-        return f"no compiler: {str(error).splitlines()[0]}"
-    return ""
-
-
-needs_compiler = pytest.mark.skipif(bool(reason := _why_not()), reason=reason)
+needs_compiler = pytest.mark.skipif(bool(reason := cuda_without_gpu.no_compiler()), reason=reason)
 
 
 def kernels(compiled):

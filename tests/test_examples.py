@@ -562,3 +562,25 @@ def test_real_data_has_the_published_size(real_data, name):
 def test_real_data_trains(real_data, tmp_path, name):
     argv = [*SMALL, "--dataset", name, "--data-dir", str(real_data), "--out", str(tmp_path)]
     assert train_classifier.main(argv) == 0
+
+
+def test_finished_run_is_not_replaced_by_another(capsys, tmp_path):
+    argv = [*SMALL, "--encoder", "gru", "--out", str(tmp_path)]
+    assert train_classifier.main(argv) == 0
+    assert train_classifier.main(argv) == 0  # the same again
+    capsys.readouterr()
+    assert train_classifier.main([*argv, "--epochs", "9"]) == 2
+    assert re.search(r"holds a run with epochs \d+, not 9: change --out, or delete the folder", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_damaged_checkpoint_is_named(capsys, content, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert train_classifier.main([*SMALL, "--resume", "--out", str(tmp_path)]) == 2
+    assert "is not a checkpoint of this program" in capsys.readouterr().err
+
+
+def test_folder_of_another_program_is_refused(capsys, tmp_path):
+    (tmp_path / "metrics.json").write_text('{"test_loss": 1.0}')
+    assert train_classifier.main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "holds files of another program" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """The comparison of encoders: complete at a tiny size, also after being killed, and its page says what the runs say."""
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +139,23 @@ def test_table_of_two_processes_is_killed_with_them(arguments, tmp_path):
     assert accuracies(tmp_path / "results") == undisturbed
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to a single process")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_loses_no_epoch_that_is_over(arguments, jobs, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "experiments" / "classification.py"), *arguments]
+    command += ["--datasets", "cr", "--encoders", "lstm", "--epochs", "100000", "--patience", "100000"]
+    command += ["--jobs", str(jobs), "--runs", str(tmp_path / "runs")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while len(list(tmp_path.glob("runs/cr/lstm/*/checkpoint.pt"))) < jobs:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all its processes get it
+        error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (130, "interrupted: the same command goes on from here\n")
+    kept = sorted(path.parent.name for path in tmp_path.glob("runs/cr/lstm/*/checkpoint.pt"))
+    assert kept == [f"fold-{n}" for n in range(jobs)]
+
+
 def test_finished_runs_are_not_repeated(arguments, monkeypatch, tmp_path):
     argv = [*arguments, "--datasets", "cr", "--encoders", "lstm", "--runs", str(tmp_path / "runs")]
     assert classification.main(argv) == 0
@@ -150,6 +169,18 @@ def test_runs_of_another_recipe_are_refused(arguments, capsys, tmp_path):
     capsys.readouterr()
     assert classification.main([*argv, "--hidden", "9", "--epochs", "4"]) == 2
     assert "hidden 8, not 9, epochs 3, not 4" in capsys.readouterr().err
+
+
+def test_runs_of_two_recipes_are_not_one_table(arguments, capsys, tmp_path):
+    argv = [*arguments, "--datasets", "cr", "--folds", "1", "--runs", str(tmp_path / "runs")]
+    assert classification.main([*argv, "--encoders", "cnn"]) == 0
+    assert classification.main([*argv, "--encoders", "lstm"]) == 0
+    text = (tmp_path / "results" / "classification.md").read_text()
+    assert " ± " not in text[text.index("## Accuracy") : text.index("Runs:")].split("\n\n", 2)[2]  # of single runs
+    assert "--data-dir DATA --datasets cr --encoders cnn lstm --hidden 8 --embed 8" in text
+    capsys.readouterr()
+    assert classification.main([*argv, "--encoders", "sru2", "--limit", "9"]) == 2
+    assert re.search(r"sru2/fold-0 has another recipe \(limit 9, not None\)", capsys.readouterr().err)
 
 
 def test_times_of_two_calls_are_joined(arguments, tmp_path):

@@ -584,13 +584,42 @@ def test_ctrl_c_tells_what_is_kept(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
-def test_ctrl_c_before_the_first_checkpoint_is_one_line(capsys, monkeypatch, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_ctrl_c_in_a_step_keeps_the_step(capsys, monkeypatch, tmp_path):
+    train_step = train_lm.Run.train_step
+
+    def interrupt(run, steps):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        train_step(run, steps)
+
+    argv = [*SMALL, "--bptt", "4", "--encoder", "gru", "--out", str(tmp_path / "stopped")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lm.Run, "train_step", interrupt)
+        assert train_lm.main(argv) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted: the same command goes on from the last checkpoint"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train_lm.main(argv) == 0
+    assert "goes on after step 3 of" in capsys.readouterr().out
+    assert train_lm.main([*argv[:-1], str(tmp_path / "undisturbed")]) == 0
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "undisturbed")
+
+
+def test_interruption_before_the_first_checkpoint_is_one_line(capsys, monkeypatch, tmp_path):
     def interrupt(run, steps):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_lm.Run, "train_step", interrupt)
     assert train_lm.main([*SMALL, "--encoder", "gru", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().out.splitlines()[-1] == "interrupted: nothing is kept yet"
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "vocabulary.json", "weights.safetensors"])
+def test_damaged_run_cannot_write_text(capsys, file, tmp_path):
+    assert train_lm.main([*SMALL, "--epochs", "1", "--encoder", "gru", "--out", str(tmp_path)]) == 0
+    (tmp_path / file).write_text("{}")
+    assert train_lm.main(["--generate", "5", "--out", str(tmp_path)]) == 2
+    assert "holds no run of this program, or a damaged one" in capsys.readouterr().err
 
 
 COMMANDS = [

@@ -14,13 +14,14 @@ measures the training time per epoch, the encoders taking turns; do this while n
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 # One thread for a run: its figures are the same to the last bit wherever it is cut off.
@@ -93,7 +94,8 @@ def run(job: Job) -> str:
     if not train_classifier.is_finished(job.out):
         job.out.mkdir(parents=True, exist_ok=True)
         with (job.out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            train_classifier.train(arguments)
+            if train_classifier.train(arguments):
+                raise KeyboardInterrupt  # which it has caught to keep what it has
     metrics = classification_report.read(job.out)
     wanted = train_classifier.configuration(arguments) | {"epochs": arguments.epochs, "patience": arguments.patience}
     recorded = {name: metrics["arguments"].get(name) for name in wanted}
@@ -108,9 +110,27 @@ def run(job: Job) -> str:
 
 def die_with_parent() -> None:
     """End this process when the one that started it is gone, even killed: a second start must find the folders free."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while it waits for a job
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+stopped = threading.Event()
+
+
+def run_in_pool(job: Job) -> str:
+    """`run`, of which Ctrl-C ends this job and keeps the next ones, which may have been handed out, from beginning."""
+    if stopped.is_set():
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return run(job)
+    except KeyboardInterrupt:
+        stopped.set()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_all(jobs: list[Job], processes: int) -> Iterator[str]:
@@ -118,7 +138,13 @@ def run_all(jobs: list[Job], processes: int) -> Iterator[str]:
         yield from map(run, jobs)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
-        yield from pool.map(run, jobs)
+        try:
+            yield from pool.map(run_in_pool, jobs)
+        except KeyboardInterrupt:
+            for process in active_children():  # a terminal has told them already, others may not
+                os.kill(process.pid, signal.SIGINT)
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def time_epochs(dataset: str, args: argparse.Namespace) -> None:
@@ -202,9 +228,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--results",
         type=Path,
-        default=EXAMPLES / "results",
+        default=Path("results"),
         metavar="DIR",
-        help="folder of the table [examples/results]",
+        help="folder of the table [%(default)s]",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--report", action="store_true", help="write the table of the runs there are, and train nothing")
@@ -219,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.time:
             for dataset in args.datasets:
                 time_epochs(dataset, args)
+            print("--report puts them on the page")
             return 0
         if not args.report:
             jobs = jobs_of(args)

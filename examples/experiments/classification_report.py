@@ -12,7 +12,7 @@ from classifier_model import Convolution, Recurrent
 from common import InputError, machine, png
 from common import write as write_file
 from matplotlib.figure import Figure
-from run_files import is_finished
+from run_files import difference_of, is_finished
 from sentence_data import CORPORA
 
 NAMES = {"mr": "MR", "cr": "CR", "subj": "Subj", "mpqa": "MPQA", "trec": "TREC", "sst1": "SST-1", "sst2": "SST-2"}
@@ -68,18 +68,22 @@ def summarize(runs: Path) -> dict[str, Any]:
     """The figures of all finished runs, by data set and encoder, and the claims that they support or refute."""
     sets: dict[str, Any] = {}
     some: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     for dataset, encoder in itertools.product(CORPORA, ORDER):
         folders = [folder for folder in (runs / dataset / encoder).glob("*-*") if is_finished(folder)]
         if not folders:
             continue
         folders.sort(key=lambda folder: int(folder.name.split("-")[1]))
         metrics = [read(folder) for folder in folders]
+        for folder, run in zip(folders, metrics, strict=True):
+            same = recipe_of(run)
+            if difference := difference_of(same, same | {name: recipe[name] for name in recipe.keys() & same.keys()}):
+                raise InputError(f"{folder} has another recipe ({difference}): give each recipe --runs of its own")
+            recipe |= same
         some = metrics[0]
         sets.setdefault(dataset, {})[encoder] = figures(folders, metrics)
     if not sets:
         raise InputError(f"there is no finished run below {runs}: give the folder of the runs with --runs")
-    common = ("hidden", "embed", "dropout", "batch_size", "optimizer", "lr", "sparse", "epochs", "patience", "limit")
-    recipe = {name: some["arguments"][name] for name in common}
     times = {d: json.loads((runs / d / "time.json").read_text()) for d in sets if (runs / d / "time.json").exists()}
     return {
         "machine": describe_machine(),
@@ -91,6 +95,14 @@ def summarize(runs: Path) -> dict[str, Any]:
     }
 
 
+def recipe_of(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run that are to be the same for all encoders, but for the CNN's number of maps."""
+    arguments = metrics["arguments"]
+    names = ("embed", "dropout", "batch_size", "optimizer", "lr", "sparse", "epochs", "patience", "limit")
+    hidden = {} if arguments["encoder"] == "cnn" else {"hidden": arguments["hidden"]}
+    return {name: arguments[name] for name in names} | hidden
+
+
 def figures(folders: list[Path], metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """What the table needs of the runs of one encoder on one data set."""
     epochs = [epoch for run in metrics for epoch in run["epochs"]]
@@ -99,7 +111,7 @@ def figures(folders: list[Path], metrics: list[dict[str, Any]]) -> dict[str, Any
         "runs": [folder.name for folder in folders],
         "test_accuracy": tests,
         "mean": statistics.fmean(tests),
-        "std": statistics.stdev(tests) if len(tests) > 1 else 0.0,
+        "std": statistics.stdev(tests) if len(tests) > 1 else None,
         "dev_accuracy": [run["best_dev_accuracy"] for run in metrics],
         "dev_accuracy_by_epoch": [[epoch["dev_accuracy"] for epoch in run["epochs"]] for run in metrics],
         "best_epoch": [run["best_epoch"] for run in metrics],
@@ -123,7 +135,7 @@ def claims(sets: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     stacked = {dataset: best_stacked(encoders) for dataset, encoders in sets.items()}
     for other in ("lstm", "cnn"):
-        compared = [d for d, encoders in sets.items() if stacked[d] and other in encoders]
+        compared = [d for d, of in sets.items() if stacked[d] and len(common(of[stacked[d]], of.get(other))) > 1]
         if not compared:
             continue
         differences = {d: paired(sets[d][stacked[d]], sets[d][other]) for d in compared}
@@ -156,12 +168,15 @@ def best_stacked(encoders: dict[str, Any]) -> str:
 
 
 def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """Mean of the differences of test accuracy over the runs that both have, and its standard error."""
+    """Mean of the differences of test accuracy over the runs that both have, two at least, and its standard error."""
     tests = [dict(zip(of["runs"], of["test_accuracy"], strict=True)) for of in (one, other)]
-    differences = [tests[0][run] - tests[1][run] for run in tests[0] if run in tests[1]]
-    if len(differences) < 2:
-        return (differences or [0.0])[0], 0.0
+    differences = [tests[0][run] - tests[1][run] for run in common(one, other)]
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def common(one: dict[str, Any], other: dict[str, Any] | None) -> list[str]:
+    """The folds or seeds that both have."""
+    return [run for run in one["runs"] if other and run in other["runs"]]
 
 
 def label(encoder: str) -> str:
@@ -201,12 +216,14 @@ def page(summary: dict[str, Any]) -> str:
     limit = f", {recipe['limit']} training examples" if recipe["limit"] else ""
     parts = [
         "# Sentence classification: SRU, LSTM and CNN",
-        f"Made by `examples/experiments/classification.py`, one thread a run, on {summary['machine']}; {versions}.",
-        f"Recipe, the same for all: random word vectors of size {recipe['embed']}, {recipe['hidden']} units in a layer "
-        f"(CNN: 100 maps of each of the widths 3, 4 and 5), dropout {recipe['dropout']}, {recipe['optimizer'].title()} "
-        f"at {recipe['lr']}, word vectors by SparseAdam, batches of {recipe['batch_size']}, at most {recipe['epochs']} "
-        f"epochs{limit}. The weights of the epoch that is best on the development split are tested, and training ends "
-        f"{recipe['patience']} epochs after it. SRU-n: n layers, equations of the first paper; v2: of the second.",
+        f"Made on {summary['machine']}, one thread a run, with {versions}, by",
+        f"    {command(sets, recipe)}",
+        f"Recipe, the same for all: random word vectors of size {recipe['embed']}, {recipe.get('hidden', '')} units in "
+        "a layer (CNN: 100 maps of each of the widths 3, 4 and 5), dropout "
+        f"{recipe['dropout']}, {recipe['optimizer'].title()} at {recipe['lr']}, word vectors by SparseAdam, batches of "
+        f"{recipe['batch_size']}, at most {recipe['epochs']} epochs{limit}. The weights of the epoch that is best on "
+        f"the development split are tested, and training ends {recipe['patience']} epochs after it. SRU-n: n layers, "
+        "equations of the first paper; v2: of the second.",
         "## Accuracy",
         "Test accuracy in percent: mean ± standard deviation over the folds of ten-fold cross-validation or, on sets "
         "with a given test split, over seeds. The last columns are published figures of CNNs with random word vectors; "
@@ -231,8 +248,21 @@ def page(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def command(sets: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """The command line that makes these runs, all folds and seeds of them."""
+    encoders = [name for name in ORDER if any(name in of for of in sets.values())]
+    names = ("hidden", "embed", "batch_size", "lr", "dropout", "epochs", "patience", "limit")
+    options = [f"--{name.replace('_', '-')} {recipe[name]}" for name in names if recipe.get(name) is not None]
+    return " ".join([
+        "python examples/experiments/classification.py --data-dir DATA",
+        f"--datasets {' '.join(sets)} --encoders {' '.join(encoders)}", *options,
+    ])  # fmt: skip
+
+
 def accuracy_cell(of: dict[str, Any] | None) -> str:
-    return f"{100 * of['mean']:.1f} ± {100 * of['std']:.1f}" if of else ""
+    if not of:
+        return ""
+    return f"{100 * of['mean']:.1f}" + ("" if of["std"] is None else f" ± {100 * of['std']:.1f}")
 
 
 def complete(sets: dict[str, Any]) -> bool:
@@ -266,7 +296,7 @@ def picture(sets: dict[str, Any], draw: Any) -> bytes:
 
 
 def draw_accuracies(axes: Any, dataset: str, encoders: dict[str, Any]) -> None:
-    means, stds = ([100 * of[key] for of in encoders.values()] for key in ("mean", "std"))
+    means, stds = ([100 * (of[key] or 0.0) for of in encoders.values()] for key in ("mean", "std"))
     axes.errorbar(range(len(encoders)), means, stds, fmt="o", capsize=3)
     for style, (name, figures) in zip(("--", ":"), PUBLISHED.items(), strict=True):
         axes.axhline(figures[dataset], color="gray", linestyle=style, linewidth=1, label=name)

@@ -93,7 +93,8 @@ def page(measured: dict[str, Any]) -> str:
     head = [
         "# SRU beside an LSTM of equal size: words of the Penn Treebank",
         "",
-        "Written by `python examples/experiments/language_modelling.py`.",
+        "Written by `python examples/experiments/language_modelling.py --data-dir DATA --parameters "
+        f"{sru['arguments']['parameters']} --epochs {epochs}`.",
         "",
         "**Claim: after equally many epochs, the perplexity of an SRU is below that of an LSTM with as many parameters."
         f" It {verdict}** here: test perplexity {perplexity(sru['test_loss'])} (SRU) and"
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--parameters", type=positive, default=2_660_000, metavar="N", help=text)
     add("--device", default="cpu", help="[%(default)s]")
     add("--runs", type=Path, default=Path("runs/language_modelling"), metavar="DIR", help="[%(default)s]")
-    add("--out", type=Path, default=EXAMPLES / "results", metavar="DIR", help="folder for the results [%(default)s]")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
     args = parser.parse_args(argv)
     try:
         measured = run(args)
