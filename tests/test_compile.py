@@ -330,3 +330,14 @@ def test_operators_check_what_they_read(wrong):
             torch.ops.numsru.recurrence_backward(*grads, *rest, saved, 1.0, 1, 0, 0)
     with pytest.raises(ValueError, match="saved must have shape"):
         torch.ops.numsru.recurrence_backward(h, c_n, *rest, saved[:1], 1.0, 1, 0, 0)
+
+
+def test_a_transform_inside_of_a_graph_is_refused():
+    rnn = SRU(4, 4)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def gradient(x):
+        return torch.func.grad(lambda x: rnn(x)[0].sum())(x)
+
+    with pytest.raises(Exception, match=r"torch\.compile cannot compile a transform of torch\.func"):
+        gradient(torch.randn(5, 3, 4))
