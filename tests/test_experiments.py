@@ -146,11 +146,14 @@ def test_ctrl_c_loses_no_epoch_that_is_over(arguments, jobs, tmp_path):
     command += ["--datasets", "cr", "--encoders", "lstm", "--epochs", "100000", "--patience", "100000"]
     command += ["--jobs", str(jobs), "--runs", str(tmp_path / "runs")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while len(list(tmp_path.glob("runs/cr/lstm/*/checkpoint.pt"))) < jobs:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all its processes get it
-        error = process.communicate(timeout=60)[1]
+        try:
+            while len(list(tmp_path.glob("runs/cr/lstm/*/checkpoint.pt"))) < jobs:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all its processes get it
+            error = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert (process.returncode, error) == (130, "interrupted: the same command goes on from here\n")
     kept = sorted(path.parent.name for path in tmp_path.glob("runs/cr/lstm/*/checkpoint.pt"))
     assert kept == [f"fold-{n}" for n in range(jobs)]
