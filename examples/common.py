@@ -33,6 +33,16 @@ def write(path: Path, data: str | bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def load_checkpoint(file: Any, name: Path, device: torch.device, key: str, advice: str) -> dict[str, Any]:
+    """What `torch.save` has written to a file, which is called `name` and holds `key` if it is of this program."""
+    try:
+        saved: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        saved["configuration"], saved[key]
+    except Exception as error:  # zip, pickle and key errors: there is no common class
+        raise InputError(f"{name} is not a checkpoint of this program ({type(error).__name__}): {advice}") from None
+    return saved
+
+
 def png(figure: Figure, dpi: float | str = "figure") -> bytes:
     """A picture of a figure that was made without pyplot: Agg draws it, which needs no display."""
     data = io.BytesIO()

@@ -16,7 +16,7 @@ from typing import Any
 
 import text_data
 import torch
-from common import InputError, open_tensorboard, png, versions, write
+from common import InputError, load_checkpoint, open_tensorboard, png, versions, write
 from language_model import LanguageModel, Shape, State, count_parameters, cross_entropy, hidden_within, mean_loss
 from matplotlib.figure import Figure
 from processes import Processes
@@ -106,19 +106,16 @@ class Run:
         data = None if self.args.restart else self.processes.read(self.checkpoint)
         if data is None:
             return
-        try:
-            saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            before = saved["configuration"]
-        except Exception as error:  # zip, pickle and key errors: there is no common class
-            reason = f"{self.checkpoint} is not a checkpoint of this program ({type(error).__name__})"
-            raise InputError(f"{reason}: choose another --out, or begin anew with --restart") from None
+        advice = "choose another --out, or begin anew with --restart"
+        saved = load_checkpoint(io.BytesIO(data), self.checkpoint, torch.device("cpu"), "sums", advice)
+        before = saved["configuration"]
         now = self.configuration
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:
             name = changed[0]
             what = f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}"
             reason = f"{self.out} holds a run of {'another text' if name == 'checksum' else what}"
-            raise InputError(f"{reason}: choose another --out, or begin anew with --restart")
+            raise InputError(f"{reason}: {advice}")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
@@ -163,10 +160,10 @@ class Run:
                     self.start_again("stretch")
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     self.log(train_loss=loss, learning_rate=self.learning_rate())
-                if (self.stop or self.step % self.args.checkpoint_every == 0) and i + 1 < self.steps_per_epoch:
+                if i + 1 < self.steps_per_epoch and (self.stop or self.step % self.args.checkpoint_every == 0):
                     self.save_checkpoint()
-                if self.stop and i + 1 < self.steps_per_epoch:
-                    raise KeyboardInterrupt
+                    if self.stop:
+                        raise KeyboardInterrupt
         self.end_epoch()
         if self.stop:
             raise KeyboardInterrupt

@@ -30,7 +30,7 @@ try:
     import torch
     import word_vectors
     from classifier_model import Classifier, Convolution, Recurrent
-    from common import InputError, choose_device, open_tensorboard, positive, versions, within, write
+    from common import InputError, choose_device, load_checkpoint, open_tensorboard, positive, versions, within, write
     from run_files import configuration, difference_of, draw_curves, is_finished, recorded
     from safetensors import torch as safetensors
     from sentence_data import Examples
@@ -245,13 +245,9 @@ class Run:
 
     def restore(self) -> None:
         """Go on where the checkpoint was written, if the run there has the same configuration."""
-        try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            known, _ = state["configuration"], state["best_weights"]
-        except Exception as error:  # zip, pickle and key errors: there is no common class
-            reason = f"{self.checkpoint} is not a checkpoint of this program ({type(error).__name__})"
-            raise InputError(f"{reason}: change --out, or delete the folder") from None
-        if difference := difference_of(known, self.configuration):
+        advice = "change --out, or delete the folder"
+        state = load_checkpoint(self.checkpoint, self.checkpoint, self.device, "best_weights", advice)
+        if difference := difference_of(state["configuration"], self.configuration):
             raise InputError(f"{self.out} holds a run with {difference}: resume with its arguments, or change --out")
         for name in PROGRESS:
             setattr(self, name, state[name])

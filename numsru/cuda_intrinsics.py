@@ -134,13 +134,11 @@ def _approximate(instruction: str) -> Any:
 _OPERAND = {16: "h", 32: "r", 64: "l"}
 
 
-def _has_bfloat16() -> bool:
-    """Whether the device that is compiled for converts to bfloat16 in one instruction."""
-    return bool(ConfigStack().top().compute_capability >= (8, 0))
+def _has_8_0() -> bool:
+    """Whether the device that is compiled for has the instructions that came with compute capability 8.0.
 
-
-def _copies_asynchronously() -> bool:
-    """Whether the device that is compiled for copies to shared memory while its threads go on."""
+    They convert to bfloat16, and copy to shared memory while threads go on.
+    """
     return bool(ConfigStack().top().compute_capability >= (8, 0))
 
 
@@ -158,7 +156,7 @@ def _round_to_bfloat16(builder: Any, value: Any) -> Any:
 def _encode(builder: Any, value: Any, number: Any) -> Any:
     """The bits of a number in memory."""
     if number == BFLOAT16:
-        if not _has_bfloat16():
+        if not _has_8_0():
             return _round_to_bfloat16(builder, value)
         convert = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
         return builder.call(ir.InlineAsm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f", side_effect=False), [value])
@@ -169,7 +167,7 @@ def _encode(builder: Any, value: Any, number: Any) -> Any:
 
 def _encode_two(builder: Any, low: Any, high: Any, number: Any) -> Any:
     i = ir.IntType(2 * number.bitwidth)
-    if number == BFLOAT16 and _has_bfloat16():
+    if number == BFLOAT16 and _has_8_0():
         convert = ir.FunctionType(i, [ir.FloatType(), ir.FloatType()])
         asm = ir.InlineAsm(convert, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", side_effect=False)
         return builder.call(asm, [high, low])
@@ -278,7 +276,7 @@ if not SIMULATED:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             bits, i32, i64 = start.dtype.bitwidth, ir.IntType(32), ir.IntType(64)
             size = bits // 8
-            if size >= 4 and _copies_asynchronously():
+            if size >= 4 and _has_8_0():
                 text = f"setp.ge.s32 p, $2, $3; cp.async.ca.shared.global [$0], [$1], {size}, p;"
             else:
                 text = (
@@ -296,7 +294,7 @@ if not SIMULATED:
     @intrinsic
     def _finish_copies(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            if _copies_asynchronously():
+            if _has_8_0():
                 wait = ir.FunctionType(ir.VoidType(), [])
                 builder.call(ir.InlineAsm(wait, "cp.async.wait_all;", "~{memory}", side_effect=True), [])
             return context.get_dummy_value()
@@ -353,14 +351,14 @@ if not SIMULATED:
     def _sigmoid_float64(x):
         return 1 / (1 + math.exp(-x))
 
-    def _absolute_tanh(x):
+    def _absolute_tanh_float32(x):
         # 1 - 2 / (exp(2 x) + 1)
         return _ONE - _reciprocal(_HALF * _exp2(x * _TWO_LOG2_E) + _HALF)
 
     def _tanh_float32(x):
         # Near zero, where the difference loses its digits, the Taylor series.
         series = x * (_ONE + x * x * _MINUS_THIRD)
-        return _select(abs(x) < _TANH_SERIES_BELOW, series, _absolute_tanh(x))
+        return _select(abs(x) < _TANH_SERIES_BELOW, series, recurrence.absolute_tanh(x))
 
     def _by_precision(in_float32: Callable[..., Any], in_float64: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x: in_float32 if x == float32 else in_float64
@@ -370,8 +368,7 @@ if not SIMULATED:
 
     _inlined(recurrence.gate, lambda u, bias, weight, c, version: _gate_float32 if bias == float32 else _gate_float64)
     _inlined(recurrence.coarse_tanh, lambda x: lambda x: _approximate_tanh(x))
-    _inlined(_absolute_tanh, lambda x: _absolute_tanh)
-    _inlined(recurrence.absolute_tanh, lambda x: lambda x: _absolute_tanh(x))
+    _inlined(recurrence.absolute_tanh, lambda x: _absolute_tanh_float32)
     _inlined(recurrence.sigmoid, _by_precision(_sigmoid_float32, _sigmoid_float64))
     _inlined(recurrence.tanh, _by_precision(_tanh_float32, lambda x: math.tanh(x)))
     _inlined(recurrence.exp, _by_precision(_exp_float32, lambda x: math.exp(x)))

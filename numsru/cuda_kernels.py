@@ -705,7 +705,7 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
     Forward keeps a state wherever one of backward's tiles starts, which may be shorter than its own.
     """
     size = storage.number.bitwidth // 8
-    is_split = _is_split(options, L, columns * size)
+    is_split = _is_split(options, storage, L, columns)
 
     def chunks_and_steps(backward: bool) -> tuple[int, int]:
         if options.version == 2:
@@ -730,9 +730,10 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
     return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // math.prod(chunks_and_steps(True)))
 
 
-def _is_split(options: Options, L: int, step_bytes: int) -> bool:
-    """Whether a step has too few bytes for the GPU, and steps enough to share them out between blocks."""
-    return options.version == 1 and options.padding != PACKED and step_bytes <= _SPLIT_BYTES and L >= _SPLIT_STEPS
+def _is_split(options: Options, storage: Storage, L: int, columns: int) -> bool:
+    """Whether there are too few columns for the GPU, and steps enough to share them out between blocks."""
+    is_small = columns * storage.number.bitwidth // 8 <= _SPLIT_BYTES
+    return options.version == 1 and options.padding != PACKED and is_small and L >= _SPLIT_STEPS
 
 
 def _choose_spans(
@@ -740,7 +741,7 @@ def _choose_spans(
 ) -> tuple[int, int]:
     """How many spans the time is cut into, and the tiles of each."""
     tiles = max(1, -(-L // (tile.chunks * tile.steps)))
-    if not _is_split(options, L, columns * storage.number.bitwidth // 8):
+    if not _is_split(options, storage, L, columns):
         return 1, tiles
     blocks = -(-columns // (tile.columns * tile.lanes))
     wanted = _WANTED_BLOCKS // 2 if backward else _WANTED_BLOCKS  # a GPU holds half as many of them at once

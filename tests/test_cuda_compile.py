@@ -96,12 +96,16 @@ capabilities = pytest.mark.parametrize(
 )
 
 
+def _kernel(make_kernel, options, tile, dtype, stage):
+    return cuda_kernels._kernel(make_kernel, options, STORAGE[dtype], tile, stage)
+
+
 @functools.cache
 def _library(make_kernel, options, tile, dtype, stage, cc):
     """What `cuda.jit` makes before it knows the device. That takes seconds; the rest, for a device, little time."""
     from numba.cuda.compiler import _compile_pyfunc_with_fixup
 
-    kernel = cuda_kernels._kernel(make_kernel, options, STORAGE[dtype], tile, stage)
+    kernel = _kernel(make_kernel, options, tile, dtype, stage)
     device = types.SimpleNamespace(compute_capability=cc)
     with mock.patch("numba.cuda.dispatcher.get_current_device", return_value=device):
         return _compile_pyfunc_with_fixup(
@@ -114,9 +118,7 @@ def _link(compiled, cc, kind, **options):
     """Machine code or PTX after optimisation at link time, as `cuda.jit` has it, with the linker's remarks."""
     # What Numba makes of a kernel differs between devices in launch bounds and, below 8.0, in copies to shared memory
     # and rounding to bfloat16.
-    bounds = cuda_kernels._kernel(
-        compiled[0], compiled[1], STORAGE[compiled[3]], compiled[2], compiled[4]
-    ).launch_bounds
+    bounds = _kernel(*compiled).launch_bounds
     alike = cc >= (8, 0) and bounds(cc[:2]) == bounds((9, 0))
     library = _library(*compiled, (9, 0) if alike else cc)
     options = LinkerOptions(arch="sm_" + "".join(map(str, cc)), link_time_optimization=True, **options)
@@ -214,6 +216,6 @@ def test_missing_compiler_is_named(monkeypatch, error):
     monkeypatch.setattr(cuda, "jit", jit)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    kernel = cuda_kernels._kernel(forward_kernel, PLAIN, STORAGE[float32], Tile(128, 1, 8), WHOLE)
+    kernel = _kernel(forward_kernel, PLAIN, Tile(128, 1, 8), float32, WHOLE)
     with pytest.raises(RuntimeError, match=r"no libnvvm.*pip install 'numsru\[cuda1[23]\]'"):
         cuda_launch._compile(kernel, 0)

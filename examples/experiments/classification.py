@@ -96,10 +96,10 @@ def run(job: Job) -> str:
         with (job.out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
             if train_classifier.train(arguments):
                 raise KeyboardInterrupt  # which it has caught to keep what it has
-    metrics = classification_report.read(job.out)
+    metrics = train_classifier.recorded(job.out)
     wanted = train_classifier.configuration(arguments) | {"epochs": arguments.epochs, "patience": arguments.patience}
-    recorded = {name: metrics["arguments"].get(name) for name in wanted}
-    difference = train_classifier.difference_of(recorded, wanted)
+    given = {name: metrics["arguments"].get(name) for name in wanted}
+    difference = train_classifier.difference_of(given, wanted)
     if difference:
         raise InputError(f"{job.out} holds a run with {difference}: give the same arguments, or change --runs")
     # Hundreds of runs would fill a disk with embeddings, and the table needs none of them.

@@ -12,7 +12,7 @@ from classifier_model import Convolution, Recurrent
 from common import InputError, machine, png
 from common import write as write_file
 from matplotlib.figure import Figure
-from run_files import difference_of, is_finished
+from run_files import difference_of, is_finished, recorded
 from sentence_data import CORPORA
 
 NAMES = {"mr": "MR", "cr": "CR", "subj": "Subj", "mpqa": "MPQA", "trec": "TREC", "sst1": "SST-1", "sst2": "SST-2"}
@@ -29,12 +29,6 @@ PUBLISHED = {
     },
 }  # fmt: skip
 TARGETS = {"mr": 0.75, "subj": 0.89, "cr": 0.78}
-
-
-def read(run: Path) -> dict[str, Any]:
-    """The figures of a run, finished or not."""
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    return metrics
 
 
 def add_times(path: Path, recipe: Sequence[str], seconds: dict[str, list[float]]) -> None:
@@ -74,10 +68,10 @@ def summarize(runs: Path) -> dict[str, Any]:
         if not folders:
             continue
         folders.sort(key=lambda folder: int(folder.name.split("-")[1]))
-        metrics = [read(folder) for folder in folders]
+        metrics = [recorded(folder) for folder in folders]
         for folder, run in zip(folders, metrics, strict=True):
             same = recipe_of(run)
-            if difference := difference_of(same, same | {name: recipe[name] for name in recipe.keys() & same.keys()}):
+            if difference := difference_of(same, {name: recipe.get(name, value) for name, value in same.items()}):
                 raise InputError(f"{folder} has another recipe ({difference}): give each recipe --runs of its own")
             recipe |= same
         some = metrics[0]
