@@ -10,9 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from . import cpu_kernels
+from .reference import is_exporting
 
 BACKENDS = ("auto", "reference")
 

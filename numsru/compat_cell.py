@@ -251,14 +251,15 @@ class SRUCell(nn.Module):
         L, B, _ = v.shape
         D, K, H = self.num_directions, self.num_matrices, self.hidden_size
         parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
-        for name, part, size in zip(("U", "V"), parts, (D * H * K, D * H * 2), strict=False):
+        if len(parts) > 2:
+            raise ValueError(f"custom_m must return U, or U and V, got {len(parts)} values")
+        for i, part in enumerate(parts):
+            name, size = (("U", D * H * K), ("V", D * H * 2))[i]
             if part.numel() != L * B * size or (part.dim() > 1 and part.shape[:2] != (L, B) and len(part) != L * B):
                 raise ValueError(
                     f"custom_m must return {name} of shape {(L, B, size)} for input of shape {tuple(v.shape)}, "
                     f"got {tuple(part.shape)}"
                 )
-        if len(parts) > 2:
-            raise ValueError(f"custom_m must return U, or U and V, got {len(parts)} values")
         u = parts[0].reshape(L, B, D, H, K).transpose(3, 4)
         return u, parts[1].reshape(L, B, D, H, 2) + self.weight_c.view(D, H, 2) if len(parts) == 2 else None
 
@@ -291,7 +292,7 @@ class SRUCell(nn.Module):
             "nonlinearity": "identity" if self.activation == "none" else self.activation,
         }
         if step_weights is None:
-            options |= {"weight_c": None if self.v1 else weight_c, "dropout_placement": "highway"}
+            options.update(weight_c=None if self.v1 else weight_c, dropout_placement="highway")
             h, c = sru_recurrence(*tensors, cu_seqlens=padding.cu_seqlens, **options)
         else:
             h, c = _recurrence_with_step_weights(*tensors, step_weights.to(dtype), **options)

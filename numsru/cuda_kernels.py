@@ -727,6 +727,9 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
         # Narrow blocks if there would be too few, but not below 8 words, in version 2 a warp.
         while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
             width //= 2
+        if size == 4 and lanes == 2 and not backward and width == 8 and columns // 32 >= _FEWEST_BLOCKS:
+            # Rows of 128 bytes instead of 64: blocks that share a row of memory drift apart in long sequences.
+            width, steps = 16, steps // 2
     return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // math.prod(chunks_and_steps(True)))
 
 

@@ -461,8 +461,8 @@ class SRU(_SRUBase):
         L, B, _ = x.shape
         if lengths is None and mask_pad is None:
             return self._forward_layers(x, B, c_0, Padding())
-        on_host = next((a for a in (lengths, mask_pad) if a is not None and is_on_host(a)), None)
-        device = x.device if on_host is None else on_host.device
+        on_host = [a for a in (lengths, mask_pad) if a is not None and is_on_host(a)]
+        device = on_host[0].device if on_host else x.device
         check_padding(lengths, mask_pad, L, B, device, look=may_look(x))
         padding = Padding(lengths, mask_pad)
         return compute_padded(lambda x, c, padding: self._forward_layers(x, B, c, padding), x, c_0, padding)

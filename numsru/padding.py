@@ -84,7 +84,7 @@ def compute_padded(layers: Layers, x: Tensor, c_0: Tensor | None, padding: Paddi
     known = next((a for a in padding if a is not None and is_on_host(a)), None) if may_look(x) else None
     if known is None:
         if padding.mask_pad is not None:
-            padding = padding._replace(mask_pad=padding.mask_pad.to(x.device))
+            padding = Padding(mask_pad=padding.mask_pad.to(x.device))
         # Whatever the padding holds must not reach the gradients of the weights, not even as 0 * NaN.
         return layers(padding.zero(x), c_0, padding)
     valid = ~known if padding.lengths is None else torch.arange(L, device="cpu").unsqueeze(1) < known

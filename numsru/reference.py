@@ -1,5 +1,7 @@
 """The SRU recurrence in plain torch operations: the text to read first, and what the kernels are held to."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch
@@ -144,7 +146,7 @@ def _scan(
     step: Callable[..., Tensor], c: Tensor, of_each_step: tuple[Tensor, ...], of_all: tuple[Tensor, ...]
 ) -> Tensor:
     """c and then what becomes of it, step by step, stacked."""
-    if torch.compiler.is_exporting():  # a loop in the program, for sequences of any length
+    if is_exporting():  # a loop in the program, for sequences of any length
 
         def twice(*args: Tensor) -> list[Tensor]:
             c = step(*args)
@@ -157,6 +159,14 @@ def _scan(
     for arguments in zip(*of_each_step, strict=True):
         states.append(step(states[-1], *arguments, *of_all))
     return torch.stack(states)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is reading the program.
+
+    Up to torch 2.11, torch's own function says so to `torch.compile` too.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _reverse_direction_1(value: Tensor) -> Tensor:

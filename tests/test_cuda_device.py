@@ -196,6 +196,21 @@ def test_few_long_sequences_match_the_cpu():
         assert (a.cpu().double() - b).abs().max() <= 1e-4 * b.abs().max()
 
 
+@models
+@pytest.mark.filterwarnings("default")  # from inside torch: its compilers import what they deprecate
+def test_a_compiled_module_matches_eager(options):
+    pytest.importorskip("triton", reason="torch.compile makes kernels for a GPU by Triton")
+    rnn = make(options)
+    compiled = torch.compile(rnn, fullgraph=True, dynamic=True)
+    for L, B in ((19, 3), (40, 5)):
+        x, grad = inputs(rnn, L=L, B=B)
+        for a, b in zip(run(compiled, x, grad), run(rnn, x, grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for a, b in zip(compiled(x), rnn(x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     if shutil.which("compute-sanitizer") is None:
