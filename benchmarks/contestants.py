@@ -395,7 +395,7 @@ def _backward_call(form: Callable[..., Tensor], arrays: list[Tensor | None]) -> 
     return lambda: torch.autograd.grad(h, inputs, grad, retain_graph=True)
 
 
-def host_calls(settings: Settings) -> dict[str, Call]:
+def host_calls(settings: Settings, training: bool) -> dict[str, Call]:
     """Calls on so little that a GPU waits for the host: a product, numsru's layer, recurrence and launch."""
     from numsru import cuda_launch  # imported late: numba.cuda is of no use to those without a GPU
 
@@ -412,14 +412,14 @@ def host_calls(settings: Settings) -> dict[str, Call]:
     def step() -> None:
         torch.autograd.grad(base.run(leaf), [leaf, *base.parameters], grad)
 
-    calls = {
+    if training:
+        return {f"{BASE}, forward with gradients": lambda: base.run(leaf), f"{BASE}, {PASSES[1]}": step}
+    return {
         "F.linear": lambda: F.linear(x, weight),
         BASE: lambda: base.run(x),
         "numsru.sru_recurrence": lambda: numsru.sru_recurrence(u, x, bias),
         "launch of a kernel": lambda: cuda_launch.launch(*launches[0]),
     }
-    without_gradients = {name: torch.no_grad()(call) for name, call in calls.items()}
-    return without_gradients | {f"{BASE}, forward with gradients": lambda: base.run(leaf), f"{BASE}, {PASSES[1]}": step}
 
 
 def streaming_calls(B: int, d: int, settings: Settings) -> dict[str, Call]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import statistics
 from collections.abc import Callable
@@ -66,13 +67,15 @@ def measure_recurrence(point: Point, settings: Settings, direction: str, ceiling
 
 def measure_host(settings: Settings) -> dict[str, float]:
     """Seconds of the host for a call on a GPU, which has next to nothing to compute: the median of many."""
-    calls = host_calls(settings)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = collections.defaultdict(list)
     repeats = 2 if settings.small else 100
-    for _ in range(ROUNDS[0] if settings.small else 30):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            samples[name].append(timing.seconds(call, repeats, torch.device("cpu")))  # by the host's clock
+    for training in (False, True):
+        calls = host_calls(settings, training)
+        with torch.set_grad_enabled(training):  # here and not in each call, where it would count
+            for _ in range(ROUNDS[0] if settings.small else 30):
+                for name, call in calls.items():
+                    torch.cuda.synchronize()
+                    samples[name].append(timing.seconds(call, repeats, torch.device("cpu")))  # by the host's clock
     return {name: statistics.median(s) for name, s in samples.items()}
 
 

