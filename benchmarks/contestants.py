@@ -395,8 +395,11 @@ def _backward_call(form: Callable[..., Tensor], arrays: list[Tensor | None]) -> 
     return lambda: torch.autograd.grad(h, inputs, grad, retain_graph=True)
 
 
-def host_calls(settings: Settings, training: bool) -> dict[str, Call]:
-    """Calls on so little that a GPU waits for the host: a product, numsru's layer, recurrence and launch."""
+def host_calls(settings: Settings) -> tuple[dict[str, Call], dict[str, Call]]:
+    """Calls on so little that a GPU waits for the host, without and with gradients.
+
+    A product, numsru's layer, recurrence and launch.
+    """
     from numsru import cuda_launch  # imported late: numba.cuda is of no use to those without a GPU
 
     L, B, d = 4, 2, 64
@@ -412,14 +415,13 @@ def host_calls(settings: Settings, training: bool) -> dict[str, Call]:
     def step() -> None:
         torch.autograd.grad(base.run(leaf), [leaf, *base.parameters], grad)
 
-    if training:
-        return {f"{BASE}, forward with gradients": lambda: base.run(leaf), f"{BASE}, {PASSES[1]}": step}
-    return {
+    without_gradients = {
         "F.linear": lambda: F.linear(x, weight),
         BASE: lambda: base.run(x),
         "numsru.sru_recurrence": lambda: numsru.sru_recurrence(u, x, bias),
         "launch of a kernel": lambda: cuda_launch.launch(*launches[0]),
     }
+    return without_gradients, {f"{BASE}, forward with gradients": lambda: base.run(leaf), f"{BASE}, {PASSES[1]}": step}
 
 
 def streaming_calls(B: int, d: int, settings: Settings) -> dict[str, Call]:

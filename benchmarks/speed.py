@@ -69,8 +69,7 @@ def measure_host(settings: Settings) -> dict[str, float]:
     """Seconds of the host for a call on a GPU, which has next to nothing to compute: the median of many."""
     samples: dict[str, list[float]] = collections.defaultdict(list)
     repeats = 2 if settings.small else 100
-    for training in (False, True):
-        calls = host_calls(settings, training)
+    for training, calls in zip((False, True), host_calls(settings), strict=True):
         with torch.set_grad_enabled(training):  # here and not in each call, where it would count
             for _ in range(ROUNDS[0] if settings.small else 30):
                 for name, call in calls.items():

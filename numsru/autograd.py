@@ -15,6 +15,7 @@ from . import operators, reference
 from .backend import (
     check_not_traced,
     is_autocast,
+    is_exporting,
     is_transformed,
     may_look,
     state_dtype,
@@ -482,7 +483,7 @@ def _prepare(
 
     kernels = None if uses_reference() else _kernels(device.type)
     if kernels is None:
-        if cu_seqlens is not None and reference.is_exporting():
+        if cu_seqlens is not None and is_exporting():
             raise ValueError("an exported program takes no cu_seqlens: pad the sequences and give it their lengths")
         options = {
             "bias": bias, "c_0": c_0, "weight_c": weight_c, "mask_c": mask_c,

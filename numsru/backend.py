@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import cpu_kernels
-from .reference import is_exporting
 
 BACKENDS = ("auto", "reference")
 
@@ -83,6 +82,14 @@ def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a device, of a type that may not know it."""
     known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return known and torch.is_autocast_enabled(device_type)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is reading the program.
+
+    The flag itself: in torch 2.8 and 2.11, `torch.compile` takes `torch.compiler.is_exporting()` for true too.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def uses_reference() -> bool:

@@ -253,7 +253,7 @@ class SRUCell(nn.Module):
         parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if len(parts) > 2:
             raise ValueError(f"custom_m must return U, or U and V, got {len(parts)} values")
-        for i, part in enumerate(parts):
+        for i, part in enumerate(parts):  # torch 2.8 cannot compile a zip of different lengths
             name, size = (("U", D * H * K), ("V", D * H * 2))[i]
             if part.numel() != L * B * size or (part.dim() > 1 and part.shape[:2] != (L, B) and len(part) != L * B):
                 raise ValueError(

@@ -696,7 +696,7 @@ _WANTED_COLUMNS = 2**16  # chunks times columns
 _MOST_CHUNKS = 16
 _FEW_BYTES = 4096  # of the columns in a step of u: backward gets as many threads and steps as forward
 _SPLIT_BYTES, _SPLIT_STEPS = 2048, 1024  # so few, and so many, are split into spans
-_LONG = 8192  # steps
+_ROW, _LONG = 128, 8192  # bytes that a block should read at once, steps
 _FEWEST_BLOCKS, _WANTED_BLOCKS, _MOST_SPANS = 128, 528, 64
 
 
@@ -735,9 +735,12 @@ def _choose_shape(
     # Narrow blocks if there would be too few, but not below 8 words, in version 2 a warp.
     while width > (8 if chunks > 1 else 32) and -(-columns // (width * lanes)) < _FEWEST_BLOCKS:
         width //= 2
-    is_narrow = width * 2 * size == 64 and columns * size >= _FEWEST_BLOCKS * 128
-    if is_narrow and (L >= _LONG if backward else lanes == 2):
-        # Rows of 128 bytes instead of 64: in a long sequence neighbouring blocks drift apart and share none.
+    # What a block reads at once, with two lanes. Neighbouring blocks do not stay at the same step, so memory serves
+    # each on its own. Backward loses less by that than by fewer threads, unless they have long to drift apart.
+    # Of so many columns, the loop above has not halved a width, with one lane or with two.
+    is_narrow = width * 2 * size < _ROW <= columns * size // _FEWEST_BLOCKS
+    is_long = L >= _LONG and options.padding != PACKED  # where L counts the steps of all rows
+    if is_narrow and (is_long if backward else lanes == 2):
         width *= 2
         chunks, steps = (chunks // 2, steps) if backward and size == 4 else (chunks, steps // 2)
     return width, chunks, steps
@@ -813,7 +816,9 @@ def launch_bounds(
 ) -> tuple[int, int]:
     """Threads of a block, and for how many blocks the registers of a multiprocessor must do."""
     threads, backward = tile.columns * tile.chunks, make_kernel is backward_kernel
-    if storage.real == float64 or (backward and (tile.lanes == 2 or options.version == 2)):
+    has_few_numbers = storage.number.bitwidth == 16 and tile.steps < STEPS_PER_STATE
+    needs_many = options.version == 2 or (tile.lanes == 2 and not has_few_numbers)
+    if storage.real == float64 or (backward and needs_many):
         resident = 256
     else:
         resident = 384 if backward and tile.steps == STEPS_PER_STATE else 512

@@ -489,7 +489,7 @@ class SRU(_SRUBase):
         """All layers of x, (L, B, in) or (total_steps, in)."""
         c_0 = self._check_state(c_0, B)
         n, D, H = self.num_layers, self.num_directions, self.hidden_size
-        plain = padding.there_is_none() and self._is_plain(x, c_0)
+        plain = padding.is_absent() and self._is_plain(x, c_0)
         if plain and len(x) == D == 1 and self._has_step(x):
             c_n = x.new_zeros(n, B, H) if c_0 is None else c_0.clone()
             return self._step(x[0], c_n.unbind()).unsqueeze(0), c_n

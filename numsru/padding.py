@@ -26,7 +26,8 @@ class Padding(NamedTuple):
     mask_pad: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
-    def there_is_none(self) -> bool:
+    def is_absent(self) -> bool:
+        # Not `self == Padding()`: torch 2.11 cannot compile a comparison of tuples with tensors in them.
         return self.lengths is None and self.mask_pad is None and self.cu_seqlens is None
 
     def zero(self, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The SRU recurrence in plain torch operations: the text to read first, and what the kernels are held to."""
 
-from __future__ import annotations
+from __future__ import annotations  # those of an inner function, which torch 2.8 cannot compile
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .backend import is_exporting
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda c: c,
@@ -159,14 +161,6 @@ def _scan(
     for arguments in zip(*of_each_step, strict=True):
         states.append(step(states[-1], *arguments, *of_all))
     return torch.stack(states)
-
-
-def is_exporting() -> bool:
-    """Whether `torch.export` is reading the program.
-
-    Where `torch.compile` reads it, torch's own function says yes too in releases up to 2.11.
-    """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _reverse_direction_1(value: Tensor) -> Tensor:

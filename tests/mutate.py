@@ -2,8 +2,9 @@
 
   python tests/mutate.py numsru/recurrence.py tests/test_recurrence.py tests/test_reference.py
   python tests/mutate.py --jobs 2 --lines 20-90 numsru/products.py tests/test_products.py
+  NUMBA_ENABLE_CUDASIM=1 python tests/mutate.py --every 4 numsru/cuda_kernels.py tests/test_cuda_kernels.py
 
-Prints every mutant that no test notices, and how many there were. Works on a copy; nothing here is changed.
+Prints every mutant that no test notices, and how many there were. Works on copies; nothing here is changed.
 """
 
 import argparse
@@ -11,12 +12,16 @@ import ast
 import copy
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numba.cuda  # noqa: F401  (imported once, for all mutants)
+import pytest
+import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTEAD = {
@@ -70,12 +75,58 @@ def mutate(source: str, n: int, lines: tuple[int, int]) -> tuple[str, str] | Non
     return (ast.unparse(ast.fix_missing_locations(tree)), replace.what) if replace.what else None
 
 
+def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
+    """Begin to test a copy of the project, in a folder, with another source of a module. Returns the process."""
+    for name in ("numsru", "tests", "setup.cfg", "pyproject.toml"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    (folder / module).write_text(source, encoding="utf-8")
+    pid = os.fork()  # what was imported here need not be imported again
+    if pid == 0:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(folder)
+        sys.path[:0] = [str(folder), str(folder / "tests")]
+        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+    return pid
+
+
+def survivors(
+    module: Path, mutants: list[tuple[str, str]], tests: list[str], jobs: int, timeout: float
+) -> Iterator[tuple[str, str]]:
+    """The mutants whose tests pass, `jobs` tested at a time. One whose tests take longer than `timeout` has failed."""
+    waiting, running = list(reversed(mutants)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder = tempfile.TemporaryDirectory()
+                mutant = waiting.pop()
+                running[start(module, mutant[0], tests, Path(folder.name))] = mutant, folder, time.monotonic() + timeout
+            for pid, (mutant, folder, end) in list(running.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if not done and time.monotonic() < end:
+                    continue
+                if not done:
+                    os.killpg(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                del running[pid]
+                folder.cleanup()
+                if done and status == 0:
+                    yield mutant
+            time.sleep(0.02)
+    finally:  # processes of their own, which Ctrl-C does not reach
+        for pid in running:
+            os.killpg(pid, signal.SIGKILL)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", type=Path)
     parser.add_argument("tests", nargs="+")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--lines", default="1-1000000", help="first-last; all by default")
+    parser.add_argument("--every", type=int, default=1, help="every N-th mutant; 1, all, by default")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a mutant counts as noticed")
     args = parser.parse_args()
     source = (ROOT / args.module).read_text(encoding="utf-8")
@@ -83,31 +134,17 @@ def main() -> int:
     mutants = []
     while mutant := mutate(source, len(mutants), (first, last)):
         mutants.append(mutant)
+    mutants = mutants[:: args.every]
 
-    def survives(mutant: tuple[str, str]) -> bool:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("numsru", "tests", "setup.cfg", "pyproject.toml"):
-                (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, Path(folder, name))
-            Path(folder, args.module).write_text(mutant[0], encoding="utf-8")
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *args.tests]
-            environment = os.environ | {"PYTHONPATH": folder}
-            try:
-                run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=args.timeout)
-            except subprocess.TimeoutExpired:
-                return False
-            return run.returncode == 0
-
-    if survives((source, "nothing")) is False:
+    if not list(survivors(args.module, [(source, "nothing")], args.tests, 1, args.timeout)):
         print("error: the tests fail without any change", file=sys.stderr)
         return 2
-    survivors = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, survived in zip(mutants, pool.map(survives, mutants), strict=True):
-            if survived:
-                survivors += 1
-                print(f"{args.module}: nobody noticed {mutant[1]}", flush=True)
-    print(f"{args.module}: {len(mutants)} mutants, {len(mutants) - survivors} noticed")
-    return int(survivors > 0)
+    count = 0
+    for _, what in survivors(args.module, mutants, args.tests, args.jobs, args.timeout):
+        count += 1
+        print(f"{args.module}: nobody noticed {what}", flush=True)
+    print(f"{args.module}: {len(mutants)} mutants, {len(mutants) - count} noticed")
+    return int(count > 0)
 
 
 if __name__ == "__main__":

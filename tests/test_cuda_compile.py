@@ -45,9 +45,8 @@ PLAIN_2 = Options(2, IDENTITY, save_c=True)
 RICH_2 = Options(2, TANH, padding=PACKED, has_c_0=True, has_mask_c=True, save_c=True)
 
 
-def chosen(options, dtype, columns, lanes, stage=WHOLE):
+def chosen(options, dtype, columns, lanes, stage=WHOLE, L=2000):
     """Everything but the direction that makes a kernel, with the tiles of forward and backward."""
-    L = 1000 if stage == WHOLE else 2000
     tiles = (cuda_kernels.choose_tile(b, options, STORAGE[dtype], L, columns, lanes) for b in (False, True))
     return options, tuple(tiles), dtype, stage
 
@@ -56,10 +55,12 @@ MANY = 10**6
 COMPILED = [
     chosen(PLAIN, float32, MANY, 1),
     chosen(PLAIN, float32, 2**13, 2),
+    chosen(PLAIN, float32, 2**12, 2, L=2**13),
     chosen(PLAIN, float32, 2**10, 1),
     chosen(PLAIN, float32, 2**9, 1, REDUCE_SPANS),
     chosen(PLAIN, float32, 2**9, 1, SPANS),
     chosen(PLAIN, bfloat16, 2**15, 2),
+    chosen(PLAIN, bfloat16, 2**13, 2, L=2**13),
     chosen(PLAIN, bfloat16, 2**12, 2),
     chosen(PLAIN, float16, 2**12, 2),
     chosen(PLAIN, bfloat16, 2**10, 2, REDUCE_SPANS),

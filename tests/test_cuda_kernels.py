@@ -190,6 +190,31 @@ def test_pairs_match_the_float64_reference(run, set_tile, tile, case):
 
 
 @on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize(
+    ("forward", "backward", "case"),
+    [
+        (Tile(4, 4, 4, 1, 4), Tile(8, 1, 4), Case(L=39, D=2, padding="lengths", mask_c=True)),
+        (Tile(4, 4, 4, 1, 2), Tile(4, 4, 2), Case(L=39, padding="packed", highway="projected")),
+        (Tile(4, 2, 4, 2, 2), Tile(4, 4, 1, 2), Case(L=21, H=6, padding="mask", dtype=torch.float32)),
+    ],
+    ids=["four", "two", "two of pairs"],
+)
+def test_forward_keeps_several_states_of_a_tile(run, monkeypatch, forward, backward, case):
+    monkeypatch.setattr(cuda_kernels, "choose_tile", lambda is_backward, *_: backward if is_backward else forward)
+    assert_matches_reference(run, case)
+
+
+@on(DEVICE)
+@pytest.mark.parametrize(("dtype", "H"), [(torch.float32, 4096), (torch.bfloat16, 8192)], ids=["float32", "bfloat16"])
+def test_tiles_of_long_sequences_match_the_float64_reference(run, dtype, H):
+    case = Case(L=8192, B=1, H=H, c_0=False, dtype=torch.float32)
+    if dtype == torch.float32:
+        assert_matches_reference(run, case)
+    else:
+        assert_16_bits_match_reference(run, case, dtype)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
 @pytest.mark.parametrize("spans", [2, 3, 20])
 @pytest.mark.parametrize(
     "case",
@@ -380,13 +405,15 @@ def test_version_2_has_one_chunk(backward, columns, width):
     assert chosen == Tile(width, 1, 8)
 
 
+@pytest.mark.parametrize("padding", [recurrence.NO_PADDING, recurrence.PACKED], ids=["full", "packed"])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("L", [0, 1, 7, 8, 9, 100, 1023, 1024, 5000, 9000])
-def test_backward_finds_the_states_that_forward_keeps(L, dtype, version):
-    for columns in (1, 33, 1000, 1025, 2**12, 3 * 2**12, 2**14, 10**5, 10**7):
+def test_backward_finds_the_states_that_forward_keeps(L, dtype, version, padding):
+    options = Options(version=version, padding=padding)
+    for columns in (1, 33, 1000, 1025, 2**12, 2**13, 3 * 2**12, 2**14, 10**5, 10**7):
         tiles = [
-            cuda_kernels.choose_tile(backward, Options(version=version), STORAGE[dtype], L, columns, lanes)
+            cuda_kernels.choose_tile(backward, options, STORAGE[dtype], L, columns, lanes)
             for backward in (False, True) for lanes in (1, 2)[: 1 if version == 2 or dtype == torch.float64 else 2]
         ]  # fmt: skip
         (distance,) = {tile.chunks * tile.steps // tile.states for tile in tiles}

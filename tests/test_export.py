@@ -125,6 +125,15 @@ def test_export_of_sequences_end_to_end_is_refused():
         export(SRU(6, 4), (torch.randn(7, 6),), {"cu_seqlens": torch.tensor([0, 3, 7])})
 
 
+def test_strict_export_does_not_leave_a_program_that_needs_numsru():
+    model, _, example, shapes = make("one layer")
+    try:
+        program = export(model, example, dynamic_shapes=shapes, strict=True)
+    except Exception:  # of torch, which up to 2.13 cannot export such a loop strictly
+        return
+    assert "numsru" not in str(program.graph)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("module", [SRU(6, 4), SRUCell(6, 4), compat.SRU(6, 4)], ids=lambda m: type(m).__module__)
 def test_torchscript_is_refused_with_what_to_use_instead(module):
