@@ -235,15 +235,11 @@ if not SIMULATED:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             i32, i64 = ir.IntType(32), ir.IntType(64)
             pointer, factor = builder.ptrtoint(args[0], i64), builder.mul(args[1], i64(start.dtype.bitwidth // 8))
-            if stride == types.int32:
-                asm = ir.InlineAsm(ir.FunctionType(i64, [i32, i32, i64]), "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l")
-                moved = builder.call(asm, [args[2], builder.trunc(factor, i32), pointer])
-            else:
-                asm = ir.InlineAsm(ir.FunctionType(i64, [i64, i64]), "add.s64 $0, $1, $2;", "=l,l,l")
-                moved = builder.call(asm, [pointer, builder.mul(factor, args[2])])
+            asm = ir.InlineAsm(ir.FunctionType(i64, [i32, i32, i64]), "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l")
+            moved = builder.call(asm, [args[2], builder.trunc(factor, i32), pointer])
             return builder.inttoptr(moved, args[0].type)
 
-        return start(start, types.int64, stride), codegen
+        return start(start, types.int64, types.int32), codegen
 
     @intrinsic
     def _store(typingctx: Any, start: Any, k: Any, left: Any, value: Any) -> Any:

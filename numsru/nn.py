@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
 from .autograd import DTYPES, check_cu_seqlens, check_padding, plain_sru_layer, sru_layer
-from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, may_look, state_dtype, takes_shortcuts
+from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, is_exporting, may_look, state_dtype, takes_shortcuts
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
@@ -75,6 +75,8 @@ class _SRUBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if (dtype or torch.get_default_dtype()) not in DTYPES:
+            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_flags(bias=bias, bidirectional=bidirectional, highway=highway, rescale=rescale)
         check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout)
@@ -469,6 +471,8 @@ class SRU(_SRUBase):
 
     def _forward_packed_sequence(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
         self._check_input(input.data, (2, 2))
+        if is_exporting():
+            raise ValueError("an exported program takes no PackedSequence: give it padded sequences and their lengths")
         B = int(input.batch_sizes[0])
         c_0 = self._check_state(c_0, B)
         return compute_packed(lambda x, c, padding: self._forward_layers(x, B, c, padding), input, c_0)

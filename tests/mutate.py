@@ -95,7 +95,7 @@ def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
 def survivors(
     module: Path, mutants: list[tuple[str, str]], tests: list[str], jobs: int, timeout: float
 ) -> Iterator[tuple[str, str]]:
-    """The mutants whose tests pass, `jobs` tested at a time. One whose tests take longer than `timeout` has failed."""
+    """The mutants whose tests pass, `jobs` tested at a time. One whose tests take more than `timeout` seconds fails."""
     waiting, running = list(reversed(mutants)), {}
     try:
         while waiting or running:
@@ -108,6 +108,7 @@ def survivors(
                 if not done and time.monotonic() < end:
                     continue
                 if not done:
+                    print(f"{module}: takes too long: {mutant[1]}", flush=True)
                     os.killpg(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                 del running[pid]
@@ -127,7 +128,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--lines", default="1-1000000", help="first-last; all by default")
     parser.add_argument("--every", type=int, default=1, help="every N-th mutant; 1, all, by default")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a mutant counts as noticed")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds after which a mutant is printed and counts as noticed"
+    )
     args = parser.parse_args()
     source = (ROOT / args.module).read_text(encoding="utf-8")
     first, last = map(int, args.lines.split("-"))

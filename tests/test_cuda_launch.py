@@ -1,6 +1,7 @@
 """The launcher without a device: what reaches the driver, on which stream, and what is compiled when."""
 
 import contextlib
+import sys
 import threading
 import types
 
@@ -11,7 +12,8 @@ import torch
 from numba import float32, float64, int64
 from numba.types import CPointer, void
 
-from numsru import cuda_launch
+import numsru
+from numsru import backend, cuda_kernels, cuda_launch
 from numsru.cuda_launch import Kernel
 
 
@@ -176,3 +178,12 @@ def test_every_thread_makes_the_context_current_before_its_first_launch(driver):
     thread.join()
     assert driver.bound == [(threading.get_ident(), 0), (other, 0)]
     assert len(driver.launched) == 3
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    assert backend.kernels_for("cuda") is cuda_kernels
+    monkeypatch.setitem(sys.modules, "numsru.cuda_kernels", None)  # importing it is an error
+    monkeypatch.delattr(numsru, "cuda_kernels")
+    with pytest.raises(ImportError) as raised:
+        backend.kernels_for("cuda")
+    assert "pip install 'numsru[cuda13]'" in raised.value.__notes__[0]

@@ -123,6 +123,27 @@ def test_exported_program_runs_where_numsru_is_missing(tmp_path):
 def test_export_of_sequences_end_to_end_is_refused():
     with pytest.raises(ValueError, match="exported program takes no cu_seqlens: pad the sequences"):
         export(SRU(6, 4), (torch.randn(7, 6),), {"cu_seqlens": torch.tensor([0, 3, 7])})
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 6), torch.randn(3, 6)])
+    with pytest.raises(ValueError, match="exported program takes no PackedSequence: give it padded sequences"):
+        export(SRU(6, 4), (packed,))
+
+
+def test_fx_traces_around_an_sru():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.linear = SRU(6, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.linear(self.rnn(x)[0])
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, SRU) or super().is_leaf_module(module, name)
+
+    model, x = Model(), torch.randn(5, 3, 6)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
 
 
 def test_strict_export_does_not_leave_a_program_that_needs_numsru():

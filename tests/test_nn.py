@@ -474,6 +474,7 @@ CONSTRUCTOR_ERRORS = {
     "placement": ({"dropout_placement": "x"}, ValueError, "dropout_placement must be one of .*, got 'x'"),
     "layer_norm": ({"layer_norm": True}, ValueError, "layer_norm must be one of None, 'pre', 'post', got True"),
     "projection_size": ({"projection_size": -1}, ValueError, "projection_size must be at least 0, got -1"),
+    "dtype": ({"dtype": torch.complex64}, TypeError, "dtype must be float32, float64, float16 or bfloat16, got .*64"),
 }
 
 
