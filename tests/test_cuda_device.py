@@ -65,9 +65,25 @@ def test_results_repeat_their_bits(options):
     rnn = make(options)
     x, grad = inputs(rnn, L=300)
     first = run(rnn, x, grad)
-    for _ in range(20):
+    for _ in range(100):
         for a, b in zip(run(rnn, x, grad), first, strict=True):
             assert torch.equal(a, b)
+
+
+def test_memory_stays_flat_over_steps_of_changing_shapes_and_streams():
+    rnn = make({"num_layers": 2})
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+
+    def train(steps):
+        for i in range(steps):
+            with torch.cuda.stream(streams[i % 3]):
+                run(rnn, *inputs(rnn, L=1 + i % 37, B=1 + i % 5))
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = train(600)  # every shape on every stream
+    assert train(10_000) == before
 
 
 def capture(call):
