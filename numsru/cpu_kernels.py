@@ -572,13 +572,20 @@ def step(
     """
     B, H = c.shape
     h = torch.empty_like(c)
-    launch = Launch(0, 1, 1, B, 1, H, 0, 1)
+    tasks, launch = _plan_step(B, H, torch.get_num_threads())
     arrays = [
         u.data_ptr(), 0 if x is None else x.data_ptr(), bias.data_ptr(), 0 if weight_c is None else weight_c.data_ptr(),
         0, 0, c.data_ptr(), h.data_ptr(), 0,
     ]  # fmt: skip
-    _run(kernel, _tasks(launch, NO_PADDING), launch, scale_x, arrays)
+    _run(kernel, tasks, launch, scale_x, arrays)
     return h
+
+
+@functools.lru_cache(1024)
+def _plan_step(B: int, H: int, n_threads: int) -> tuple[tuple[int, int, int, int], Launch]:
+    """How a step is launched by a thread for which torch has `n_threads`."""
+    launch = Launch(0, 1, 1, B, 1, H, 0, 1)
+    return _tasks(launch, NO_PADDING), launch
 
 
 @functools.cache

@@ -254,9 +254,11 @@ class _SRUBase(nn.Module):
         c: the states of the layers, before and then after.
         """
         scale_x = self._scale_x if self.rescale else 1.0
+        parameters = self._parameters  # as attributes they take half a microsecond each
         for i, state in enumerate(c):
-            weight, bias = getattr(self, f"weight_l{i}"), getattr(self, f"bias_l{i}")
-            weight_c = getattr(self, f"weight_c_l{i}") if self.version == 2 else None
+            weight = cast(Tensor, parameters[f"weight_l{i}"])
+            bias: Tensor | None = parameters[f"bias_l{i}"]
+            weight_c = parameters.get(f"weight_c_l{i}")
             skip = self._skip(i)
             u = product(x, weight)
             if bias is None:
@@ -276,7 +278,9 @@ class _SRUBase(nn.Module):
                 f"input must have input_size = {self.input_size} features in its last dimension, "
                 f"got shape {tuple(input.shape)}"
             )
-        weight: Tensor = self.weight_l0  # type: ignore[assignment]
+        weight: Tensor | None = self._parameters.get("weight_l0")  # as an attribute it takes half a microsecond
+        if weight is None:  # something else computes it
+            weight = cast(Tensor, self.weight_l0)
         if input.dtype != weight.dtype and not is_autocast(input.device.type):
             raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
         if input.device != weight.device:

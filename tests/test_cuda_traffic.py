@@ -96,6 +96,7 @@ def as_if_many_columns(monkeypatch, columns, chunks, pairs):
     if not pairs:
         monkeypatch.setattr(cuda_kernels, "_count_lanes", lambda *arguments: 1)
     monkeypatch.setattr(cuda_kernels, "_FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(cuda_kernels, "_ROW", 0)  # which decides by the number of blocks
 
 
 @pytest.mark.parametrize(("options", "D", "dtype", "chunks", "pairs", "instructions"), CASES)
