@@ -75,8 +75,8 @@ class _SRUBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if (dtype or torch.get_default_dtype()) not in DTYPES:
-            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+        if (given := dtype or torch.get_default_dtype()) not in DTYPES:
+            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {given}")
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_flags(bias=bias, bidirectional=bidirectional, highway=highway, rescale=rescale)
         check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout)

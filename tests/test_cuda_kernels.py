@@ -405,6 +405,21 @@ def test_version_2_has_one_chunk(backward, columns, width):
     assert chosen == Tile(width, 1, 8)
 
 
+def test_many_steps_end_to_end_are_no_long_sequence():
+    packed = Options(padding=recurrence.PACKED)
+    short, long = (cuda_kernels.choose_tile(True, packed, STORAGE[float32], L, 2**12, 2) for L in (1000, 2**13))
+    assert short == long != cuda_kernels.choose_tile(True, Options(), STORAGE[float32], 2**13, 2**12, 2)
+
+
+def test_two_blocks_of_few_16_bit_numbers_fit_on_a_multiprocessor():
+    tile = Tile(32, 8, 4, 2)
+    bounds = [
+        cuda_kernels.launch_bounds(cuda_kernels.backward_kernel, Options(), STORAGE[dtype], tile, (9, 0))
+        for dtype in (bfloat16, float32)
+    ]
+    assert bounds == [(256, 2), (256, 1)]
+
+
 @pytest.mark.parametrize("padding", [recurrence.NO_PADDING, recurrence.PACKED], ids=["full", "packed"])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
