@@ -72,18 +72,20 @@ def _next_task(args):
 
 
 @inlined
-def _row_steps(valid, padding, b, first, end, L):
-    """Where the sequence of batch row b begins, its steps in all, and from where to where the launch covers them.
-
-    Steps of padding count only where it may stand anywhere.
-    """
-    begin, total = 0, L
+def _row_steps(valid, padding, b, L):
+    """Where the sequence of batch row b begins, and its steps. Padding counts only where it may stand anywhere."""
     if padding == LENGTHS:
-        total = load(valid, b, np.int64, READ)
-    elif padding == PACKED:
+        return 0, load(valid, b, np.int64, READ)
+    if padding == PACKED:
         begin = load(valid, b, np.int64, READ)
-        total = load(valid, b + 1, np.int64, READ) - begin
-    return begin, total, min(max(first - begin, 0), total), min(max(end - begin, 0), total)
+        return begin, load(valid, b + 1, np.int64, READ) - begin
+    return 0, L
+
+
+@inlined
+def _steps_of_launch(begin, total, first, end):
+    """From where to where a launch covers the steps of a row."""
+    return min(max(first - begin, 0), total), min(max(end - begin, 0), total)
 
 
 @inlined
@@ -176,12 +178,14 @@ def _forward_kernel(options: Options, storage: Any) -> Any:
             for group in range(first_row, end_row, together):
                 longest = end - first
                 if padding == PACKED:
-                    _, _, low, high = _row_steps(valid, padding, group // directions, first, end, L)
+                    begin, total = _row_steps(valid, padding, group // directions, L)
+                    low, high = _steps_of_launch(begin, total, first, end)
                     longest = high - low
                 for s in range(longest):
                     for row in range(group, group + together):
                         b, d = row // directions, first_direction + row % directions
-                        begin, total, low, high = _row_steps(valid, padding, b, first, end, L)
+                        begin, total = _row_steps(valid, padding, b, L)
+                        low, high = _steps_of_launch(begin, total, first, end)
                         if s >= high - low:
                             if padding == LENGTHS:
                                 at = ((_position(padding, begin, first + s, b, B) * D + d) * H + unit) * stored
@@ -270,19 +274,13 @@ def _backward_unit(
 
 @functools.cache
 def _backward_kernel(options: Options, storage: Any) -> Any:
-    """Writes grad_u and grad_x, takes grad_c from the last step to the first, adds up the gates' sums of each row.
-
-    u holds all directions and all of the time, grad_u those of the launch.
-    """
+    """Writes grad_u and grad_x, takes grad_c from the last step to the first, adds up the gates' sums of each row."""
     version, nonlinearity, placement, skip_kind, padding, _, has_mask_c, _ = options
     parts, real, size, stored = options.parts, _real(storage), _itemsize(_real(storage)), _itemsize(storage)
 
     def backward(args):
         prefer_wide_vectors()
-        first, end, L, B, D, H = (
-            _word(args, 4), _word(args, 5), _word(args, 6), _word(args, 7), _word(args, 8), _word(args, 9),
-        )  # fmt: skip
-        first_direction, directions = _word(args, 10), _word(args, 11)
+        L, B, D, H = _word(args, 6), _word(args, 7), _word(args, 8), _word(args, 9)
         scale_x = real(load(args, 12, np.float64, READ))
         u, x, bias, weight_c, mask_c = (
             _word(args, 13), _word(args, 14), _word(args, 15), _word(args, 16), _word(args, 17),
@@ -299,29 +297,27 @@ def _backward_kernel(options: Options, storage: Any) -> Any:
             states, c = forgets + TILE * H * size, forgets + 2 * TILE * H * size
             together = 1 if padding == PACKED else end_row - first_row
             for group in range(first_row, end_row, together):
-                for back in range((end - first + TILE - 1) // TILE + 1):
+                for back in range((L + TILE - 1) // TILE):
                     for row in range(group, group + together):
-                        b, d = row // directions, first_direction + row % directions
-                        begin, total, low, high = _row_steps(valid, padding, b, first, end, L)
+                        b, d = row // D, row % D
+                        begin, steps = _row_steps(valid, padding, b, L)
                         if back == 0 and padding == LENGTHS:
-                            for t in range(first + high - low, end):
+                            for t in range(steps, L):
                                 position = _position(padding, begin, t, b, B)
                                 at = ((position * D + d) * H + unit) * stored
-                                to = ((position * directions + d - first_direction) * parts * H + unit) * stored
+                                to = ((position * D + d) * parts * H + unit) * stored
                                 for k in range(parts):
                                     _fill(grad_u + to + k * H * stored, units, real(0), storage, GRAD_CANDIDATE)
                                 if skip_kind == SKIP_INPUT:
                                     _fill(grad_x + at, units, real(0), storage, GRAD_SKIP)
-                        if d == 1:
-                            low, high = total - high, total - low  # counted from the end, as the direction goes
-                        tile = (high - 1) // TILE - back
-                        if high <= low or tile < low // TILE:
+                        tile = (steps - 1) // TILE - back
+                        if tile < 0:
                             continue
                         gates, row_at = (d * 2 * H + unit) * size, ((b * D + d) * H + unit) * size
                         start = saved + ((_saved_at(padding, begin, tile, b, B) * D + d) * H + unit) * size
                         _copy(c, C, start, READ, units, real)
-                        for k in range(tile * TILE, min((tile + 1) * TILE, high)):
-                            position = _position(padding, begin, total - 1 - k if d == 1 else k, b, B)
+                        for k in range(tile * TILE, min((tile + 1) * TILE, steps)):
+                            position = _position(padding, begin, steps - 1 - k if d == 1 else k, b, B)
                             state = states + k % TILE * H * size
                             if padding == MASK and load(valid, position, np.uint8, READ) != 0:
                                 _copy(state, STATES, c, C, units, real)
@@ -352,10 +348,10 @@ def _backward_kernel(options: Options, storage: Any) -> Any:
                                             j + i, j + i >= block * WIDTH, H, u_row, bias + gates, weight_c + gates, c,
                                             forget, state, storage, real, version,
                                         )  # fmt: skip
-                        for k in range(min((tile + 1) * TILE, high) - 1, max(tile * TILE, low) - 1, -1):
-                            position = _position(padding, begin, total - 1 - k if d == 1 else k, b, B)
+                        for k in range(min((tile + 1) * TILE, steps) - 1, tile * TILE - 1, -1):
+                            position = _position(padding, begin, steps - 1 - k if d == 1 else k, b, B)
                             at = ((position * D + d) * H + unit) * stored
-                            to = grad_u + ((position * directions + d - first_direction) * parts * H + unit) * stored
+                            to = grad_u + ((position * D + d) * parts * H + unit) * stored
                             if padding == MASK and load(valid, position, np.uint8, READ) != 0:
                                 for part in range(parts):
                                     _fill(to + part * H * stored, units, real(0), storage, GRAD_CANDIDATE)

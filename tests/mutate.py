@@ -51,7 +51,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 class _Replace(ast.NodeTransformer):
-    """The n-th change of all that can be made."""
+    """The n-th change, from 0, of all that can be made, and no other."""
 
     def __init__(self, n: int, lines: tuple[int, int]) -> None:
         self.n, self.lines, self.seen, self.what = n, lines, 0, ""
@@ -60,10 +60,9 @@ class _Replace(ast.NodeTransformer):
         line = getattr(node, "lineno", None)
         if line is None or self.lines[0] <= line <= self.lines[1]:
             for changed in changes(node):
-                if self.seen == self.n:
-                    self.what = f"line {line}: {ast.unparse(node)}  ->  {ast.unparse(changed)}"
                 self.seen += 1
-                if self.what:
+                if self.seen == self.n + 1:
+                    self.what = f"line {line}: {ast.unparse(node)}  ->  {ast.unparse(changed)}"
                     return ast.copy_location(changed, node)
         return self.generic_visit(node)
 

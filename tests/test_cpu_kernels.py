@@ -14,9 +14,11 @@ from cases import (
     assert_matches_reference,
     run_and_grads,
 )
+from cpu_without_compiler import without_compiler  # noqa: F401  (a fixture)
 from numba import cfunc, njit
 
 from numsru import cpu_kernels, recurrence, sru_recurrence
+from numsru.cpu_kernels import Launch
 from numsru.recurrence import Options
 
 CASES = [
@@ -68,6 +70,12 @@ def test_kernels_match_the_float64_reference(case):
     assert_matches_reference(sru_recurrence, case)
 
 
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_as_plain_python_match_the_float64_reference(case):
+    assert_matches_reference(sru_recurrence, case)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE_OF_16_BITS, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "case",
@@ -106,6 +114,82 @@ THREADED = [
 def test_results_have_the_same_bits_for_any_number_of_threads(monkeypatch, case, threads):
     one, many = _with_threads(monkeypatch, 1, case), _with_threads(monkeypatch, threads, case)
     torch.testing.assert_close(many, one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("threads", "launch", "padding", "expected"),
+    [
+        (1, Launch(0, 99, 99, 32, 1, 512, 0, 1), recurrence.NO_PADDING, (1, 1, 32, 512)),
+        (2, Launch(0, 8, 8, 8, 1, 512, 0, 1), recurrence.NO_PADDING, (2, 2, 4, 512)),
+        (2, Launch(0, 8, 8, 8, 1, 511, 0, 1), recurrence.NO_PADDING, (1, 1, 8, 511)),  # a little too small
+        (4, Launch(92, 100, 100, 8, 2, 256, 0, 2), recurrence.NO_PADDING, (2, 2, 8, 256)),
+        (4, Launch(92, 100, 100, 9, 2, 512, 1, 1), recurrence.NO_PADDING, (2, 2, 5, 512)),
+        (4, Launch(0, 64, 50, 32, 1, 512, 0, 1), recurrence.PACKED, (2, 2, 16, 512)),
+        (4, Launch(0, 64, 50, 32, 1, 512, 0, 1), recurrence.LENGTHS, (4, 4, 8, 512)),
+        (7, Launch(0, 999, 999, 9, 1, 100, 0, 1), recurrence.NO_PADDING, (7, 5, 2, 100)),
+        (7, Launch(0, 999, 999, 3, 1, 100, 0, 1), recurrence.NO_PADDING, (7, 6, 1, 64)),
+        (4, Launch(0, 999, 999, 1, 1, 512, 0, 1), recurrence.NO_PADDING, (4, 4, 1, 128)),
+    ],
+)
+def test_work_is_shared_out(threads, launch, padding, expected):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert cpu_kernels._tasks(launch, padding) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(L=9, B=4, H=3, D=2, padding="mask", version=2),
+        Case(L=9, B=4, H=3, D=2, padding="packed", mask_c=True),
+        Case(L=9, B=1, H=40, version=2, highway="projected"),
+        Case(L=9, B=2, H=40, padding="lengths", mask_c=True),
+        Case(L=9, B=2, H=40, padding="packed", version=2),
+        Case(L=9, B=2, H=40, padding="mask", highway="projected"),
+    ],
+    ids=str,
+)
+def test_tasks_as_plain_python_share_nothing(monkeypatch, case, threads):
+    one, many = _with_threads(monkeypatch, 1, case), _with_threads(monkeypatch, threads, case)
+    torch.testing.assert_close(many, one, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("padding", ["none", "lengths", "mask", "packed"])
+@pytest.mark.parametrize("bytes_of_u", [1, 3000, 20_000])
+def test_inference_in_pieces_as_plain_python_matches_the_whole(monkeypatch, padding, bytes_of_u):
+    case = Case(L=13, B=4, D=2, padding=padding)
+    inputs, _ = case.make_inputs()
+    x, bias, c_0 = (inputs[name].detach() for name in ("x", "bias", "c_0"))
+    kind, valid = {
+        "none": (recurrence.NO_PADDING, None),
+        "lengths": (recurrence.LENGTHS, inputs.get("lengths")),
+        "mask": (recurrence.MASK, inputs.get("mask_pad")),
+        "packed": (recurrence.PACKED, inputs.get("cu_seqlens")),
+    }[padding]
+    weight = torch.randn(case.D * 3 * case.H, x.shape[-1], dtype=x.dtype)
+    options = Options(padding=kind, has_c_0=True)
+    u = (x @ weight.t()).view(*x.shape[:-1], case.D, 3, case.H)
+    h, c_n, _ = cpu_kernels.forward(options, u, x, bias, None, c_0, None, valid, 1.3, case.L, case.B)
+    monkeypatch.setattr(cpu_kernels, "_BYTES_AT_A_TIME", bytes_of_u)
+    received = cpu_kernels.layer_forward(
+        options, x, weight, x, bias, None, c_0, None, valid, 1.3, case.L, case.B, case.D
+    )
+    torch.testing.assert_close(received, (h, c_n), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(cpu_kernels._start_team is None, reason="torch was built without OpenMP")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_kernels_run_on_as_many_of_torchs_threads_as_torch_has(monkeypatch, threads):
+    start, teams = cpu_kernels._start_team, []
+    monkeypatch.setattr(cpu_kernels, "_start_team", lambda *args: teams.append(args[2]) or start(*args))
+    _with_threads(monkeypatch, threads, THREADED[0])
+    assert teams == ([] if threads == 1 else [threads] * 2)  # forward and backward
 
 
 @pytest.mark.parametrize("case", THREADED, ids=str)

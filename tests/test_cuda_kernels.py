@@ -360,6 +360,23 @@ def test_unchecked_cu_seqlens_are_clamped(run, set_tile, monkeypatch, tile, case
     assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
 
 
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled([(PACKED[0], PACKED[1]._replace(B=2)), (Tile(4, 1, 2), Case(version=2, B=2, padding="packed"))])
+def test_steps_behind_the_last_unchecked_sequence_are_padding(run, set_tile, monkeypatch, tile, case):
+    set_tile(tile)
+    inputs, grads = case.make_inputs()
+    assert len(inputs["u"]) == case.L
+    of_steps = ("u", "x") if inputs["x"] is not None else ("u",)
+    short = inputs | {n: inputs[n].detach()[:-2].requires_grad_() for n in of_steps}
+    short["cu_seqlens"] = torch.tensor([0, 4, case.L - 2])
+    expected = run_and_grads(reference.sru_recurrence, short, grads | {"grad_h": grads["grad_h"][:-2]})
+    for name in ("h", *(f"grad_{n}" for n in of_steps)):
+        expected[name] = torch.cat([expected[name], torch.zeros_like(expected[name][:2])])
+    monkeypatch.setattr(autograd, "check_cu_seqlens", lambda cu_seqlens, *_, **__: (cu_seqlens, case.L))
+    inputs["cu_seqlens"] = short["cu_seqlens"]
+    assert_agrees(run_and_grads(run, inputs, grads), expected, TOLERANCE[case.dtype])
+
+
 float32, bfloat16 = torch.float32, torch.bfloat16
 
 
