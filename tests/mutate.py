@@ -78,6 +78,7 @@ def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
     """Begin to test a copy of the project, in a folder, with another source of a module. Returns the process."""
     for name in ("numsru", "tests", "setup.cfg", "pyproject.toml"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     (folder / module).write_text(source, encoding="utf-8")
     pid = os.fork()  # what was imported here need not be imported again
     if pid == 0:
@@ -87,7 +88,8 @@ def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
         sys.path[:0] = [str(folder), str(folder / "tests")]
-        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+        # Hypothesis works without its plugin, which takes longer to import than most mutants to be noticed.
+        os._exit(pytest.main(["-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *tests]))
     return pid
 
 

@@ -36,7 +36,7 @@ CASES = [
     Case(scale_x=1.7),
     Case(D=2, L=0),
     Case(D=2, H=1),
-    Case(D=2, highway="projected", nonlinearity="selu"),
+    Case(D=2, highway="projected", nonlinearity="selu", scale_x=0.7),
     Case(D=2, highway="none", mask_c=True),
     Case(mask_c=True),
     Case(mask_c=True, placement="highway", scale_x=0.6),

@@ -1,5 +1,8 @@
 """The CUDA kernels against the float64 reference: simulated, emulated, or on a device."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from cases import (
@@ -65,7 +68,7 @@ def _plan_anew():
 
 # Options that occur in several tests, so that the emulator compiles them once.
 LENGTHS = (Tile(4, 2, 2), Case(L=9, D=2, padding="lengths", mask_c=True, scale_x=1.3))
-MASK = (Tile(3, 4, 3), Case(L=30, D=2, H=3, padding="mask", highway="projected", nonlinearity="selu"))
+MASK = (Tile(3, 4, 3), Case(L=30, D=2, H=3, padding="mask", highway="projected", nonlinearity="selu", scale_x=0.7))
 PACKED = (Tile(4, 2, 2), Case(L=9, B=4, D=2, padding="packed", mask_c=True, highway="projected"))
 VERSION_2 = (
     Tile(4, 1, 2),
@@ -179,7 +182,7 @@ def test_16_bits_in_chosen_tiles_match_the_float64_reference(run, case, dtype):
     [
         (Tile(4, 2, 2, lanes=2), Case(L=11, H=6, dtype=torch.float32)),
         (
-            Tile(4, 2, 2, lanes=2),
+            Tile(4, 2, 3, lanes=2),
             Case(L=11, H=4, D=2, padding="lengths", highway="projected", mask_c=True, dtype=torch.float32),
         ),
     ]
@@ -378,6 +381,7 @@ def test_steps_behind_the_last_unchecked_sequence_are_padding(run, set_tile, mon
 
 
 float32, bfloat16 = torch.float32, torch.bfloat16
+TILES = Path(__file__).parent.parent / "benchmarks/results/tiles_nvidia-h200.json"
 
 
 @pytest.mark.parametrize(
@@ -428,13 +432,69 @@ def test_many_steps_end_to_end_are_no_long_sequence():
     assert short == long != cuda_kernels.choose_tile(True, Options(), STORAGE[float32], 2**13, 2**12, 2)
 
 
-def test_two_blocks_of_few_16_bit_numbers_fit_on_a_multiprocessor():
-    tile = Tile(32, 8, 4, 2)
-    bounds = [
-        cuda_kernels.launch_bounds(cuda_kernels.backward_kernel, Options(), STORAGE[dtype], tile, (9, 0))
-        for dtype in (bfloat16, float32)
-    ]
-    assert bounds == [(256, 2), (256, 1)]
+def test_tiles_are_those_that_were_measured():
+    measured, chosen = {}, {}
+    for entry in json.loads(TILES.read_text(encoding="utf-8"))["entries"]:
+        if entry["chosen"] is None:  # it was not among the tiles that were timed
+            continue
+        L, B, d = map(int, entry["point"].split("x"))
+        backward, storage, options = entry["pass"] == "backward", STORAGE[getattr(torch, entry["dtype"])], Options()
+        expected = tuple(entry["chosen"][name] for name in ("columns", "chunks", "steps", "lanes", "spans"))
+        tile = cuda_kernels.choose_tile(backward, options, storage, L, B * d, expected[3])
+        spans, span_tiles = cuda_kernels._choose_spans(backward, options, storage, tile, L, B * d)
+        assert (spans - 1) * span_tiles * tile.chunks * tile.steps < L <= spans * span_tiles * tile.chunks * tile.steps
+        key = entry["point"], entry["dtype"], entry["pass"]
+        measured[key], chosen[key] = expected, (tile.columns, tile.chunks, tile.steps, tile.lanes, spans)
+    assert len(measured) > 100
+    assert chosen == measured
+
+
+@pytest.mark.parametrize(
+    ("passes", "version", "dtype", "tile", "capability", "blocks"),
+    [
+        ("forward", 1, float32, Tile(16, 16, 4, 2), (9, 0), 2),
+        ("forward", 1, float32, Tile(8, 16, 8), (8, 0), 4),
+        ("forward", 2, float32, Tile(128, 1, 8), (12, 0), 4),
+        ("forward", 1, torch.float64, Tile(8, 16, 8), (9, 0), 2),
+        ("forward", 1, float32, Tile(8, 16, 8), (7, 5), 2),
+        ("backward", 1, float32, Tile(16, 8, 8), (9, 0), 3),
+        ("backward", 1, float32, Tile(16, 8, 4), (9, 0), 4),
+        ("backward", 1, float32, Tile(16, 8, 4), (10, 0), 2),
+        ("backward", 1, float32, Tile(16, 8, 4, 2), (9, 0), 2),
+        ("backward", 1, float32, Tile(32, 8, 4, 2), (9, 0), 1),
+        ("backward", 1, float32, Tile(32, 8, 4, 2), (10, 0), 1),
+        ("backward", 1, bfloat16, Tile(32, 8, 4, 2), (9, 0), 2),
+        ("backward", 1, bfloat16, Tile(16, 8, 8, 2), (9, 0), 2),
+        ("backward", 2, bfloat16, Tile(128, 1, 8), (9, 0), 2),
+    ],
+)
+def test_registers_do_for_so_many_blocks(passes, version, dtype, tile, capability, blocks):
+    kernel = cuda_kernels.backward_kernel if passes == "backward" else cuda_kernels.forward_kernel
+    bounds = cuda_kernels.launch_bounds(kernel, Options(version=version), STORAGE[dtype], tile, capability)
+    assert bounds == (tile.columns * tile.chunks, blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "columns", "H", "offset", "lanes"),
+    [
+        (Options(), float32, 1026, 342, 0, 2),
+        (Options(), float32, 1024, 512, 0, 1),  # few columns
+        (Options(), float32, 1026, 171, 0, 1),  # odd
+        (Options(), float32, 1026, 342, 1, 1),  # an array that does not begin at a multiple of 8 bytes
+        (Options(), float32, 1026, 342, 2, 2),
+        (Options(version=2), float32, 1026, 342, 0, 1),
+        (Options(), torch.float64, 1026, 342, 0, 1),
+        (Options(), bfloat16, 4, 2, 0, 2),
+        (Options(), bfloat16, 4, 2, 2, 1),
+        (Options(), bfloat16, 4, 2, 4, 2),
+    ],
+)
+def test_two_numbers_are_loaded_at_once_where_they_can_be(options, dtype, columns, H, offset, lanes):
+    aligned = torch.empty(8, dtype=dtype)
+    assert aligned.data_ptr() % 8 == 0
+    other = torch.empty(8, dtype=dtype)[offset:]
+    assert cuda_kernels._count_lanes(options, columns, H, aligned, None, other) == lanes
+    assert cuda_kernels._count_lanes(options, columns, H, other) == lanes
 
 
 @pytest.mark.parametrize("padding", [recurrence.NO_PADDING, recurrence.PACKED], ids=["full", "packed"])
@@ -459,3 +519,32 @@ def test_backward_finds_the_states_that_forward_keeps(L, dtype, version, padding
 def test_too_large_arrays_are_refused(steps, B, what):
     with pytest.raises(ValueError, match=rf"at most 2\^31 - 1 {what}"):
         cuda_kernels._plan(cuda_kernels.forward_kernel, Options(), float32, steps, B, 1, 1, 1)
+
+
+def test_packed_rows_may_hold_as_many_steps_as_fit():
+    """A step of u is one row's where sequences lie end to end, however many there are."""
+    packed = Options(padding=recurrence.PACKED)
+    cuda_kernels._plan(cuda_kernels.forward_kernel, packed, float32, 1, 2**30, 1, 1, 1)
+    cuda_kernels._plan(cuda_kernels.forward_kernel, packed, float32, 0, 0, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"at most 2\^31 - 1 numbers of u in a step"):
+        cuda_kernels._plan(cuda_kernels.forward_kernel, packed, float32, 1, 1, 1, 2**30, 1)
+
+
+@pytest.mark.parametrize(
+    ("backward", "L", "H", "blocks", "kernels"),
+    [
+        (False, 100, 8192, (512, 1), 1),
+        (True, 100, 8192, (512, 1), 1),
+        (False, 5000, 100, (7, 40), 2),
+        (True, 5000, 100, (7, 27), 2),
+    ],
+)
+def test_a_pass_is_launched_with_its_own_tile(backward, L, H, blocks, kernels):
+    make_kernel = cuda_kernels.backward_kernel if backward else cuda_kernels.forward_kernel
+    options, storage = Options(save_c=True), STORAGE[float32]
+    plan = cuda_kernels._plan(make_kernel, options, float32, L, 1, 1, H, 1)
+    assert plan.tile == cuda_kernels.choose_tile(backward, options, storage, L, H, 1)
+    assert (plan.spans, plan.span_tiles) == cuda_kernels._choose_spans(backward, options, storage, plan.tile, L, H)
+    assert (plan.blocks, plan.block, len(plan.kernels)) == (blocks, (plan.tile.columns, plan.tile.chunks), kernels)
+    expected = cuda_kernels.signatures(options, storage, plan.tile)[backward]
+    assert {kernel.signature for kernel in plan.kernels} == {expected}

@@ -4,6 +4,7 @@ import math
 from functools import cache
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
 from official import NAMES, load, run_official
@@ -371,6 +372,38 @@ def test_row_does_not_see_the_others(padding: str, row: int) -> None:
     alone |= {name: t[:, row : row + 1] for name, t in (tensors | options).items() if name in ("u", "x", "mask_pad")}
     h_row, c_row = sru_recurrence(**tensors | options | alone)
     torch.testing.assert_close((h_row, c_row), (h[:, row : row + 1], c_n[row : row + 1]))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case(B=4, D=2, padding="packed", mask_c=True, scale_x=1.3),
+        cases.Case(B=4, D=2, padding="packed", version=2, highway="projected", placement="highway", mask_c=True),
+        cases.Case(B=3, padding="packed", highway="none", c_0=False),
+        cases.Case(B=0, padding="packed"),
+        cases.Case(L=0, padding="packed"),
+    ],
+    ids=str,
+)
+def test_sequences_end_to_end_are_each_computed_alone(case: cases.Case) -> None:
+    def one_by_one(u: Tensor, cu_seqlens: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+        results = [(u.new_zeros(0, case.D * case.H), u.new_zeros(0, case.D * case.H))]
+        for b in range(case.B):
+            steps = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+            own = {"u": u[steps].unsqueeze(1)}
+            for name, a in others.items():
+                if a is not None and name in ("c_0", "mask_c"):
+                    own[name] = a[b : b + 1]
+                else:
+                    own[name] = a[steps].unsqueeze(1) if a is not None and name == "x" else a
+            h, c_n = sru_recurrence(**own)
+            results.append((h.squeeze(1), c_n))
+        h, c_n = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return h, c_n
+
+    inputs, grads = case.make_inputs()
+    expected = cases.run_and_grads(one_by_one, inputs, grads)
+    cases.assert_agrees(cases.run_and_grads(sru_recurrence, inputs, grads), expected, 1e-12)
 
 
 @pytest.mark.parametrize("skip", ["input", "projected", "no_highway"])
