@@ -617,8 +617,8 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         unpack(weight_r, j, real),
                         version,
                     )
-                    if padding == MASK and is_padding:
-                        g_candidate = zero
+                    if padding == MASK and is_padding:  # though dL/dc be infinite
+                        g_candidate, g_forget = zero, zero
                     if version == 2 and is_padding:
                         g_c = c[j]
                     c[j] = g_c

@@ -92,6 +92,18 @@ def test_16_bits_match_the_float64_reference_of_the_same_inputs(case, dtype):
     assert_16_bits_match_reference(sru_recurrence, case, dtype)
 
 
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("case", [case for case in CASES if case.padding in ("lengths", "mask")], ids=str)
+def test_gradients_of_padding_as_plain_python_are_zero_whatever_comes_from_behind(case):
+    inputs, grads = case.make_inputs()
+    grads["grad_c_n"].fill_(float("nan"))
+    results = run_and_grads(sru_recurrence, inputs, grads)
+    padding = inputs.get("mask_pad", torch.arange(case.L)[:, None] >= inputs.get("lengths", 0))
+    assert padding.any()
+    assert not results["grad_u"][padding].any()
+    assert not results.get("grad_x", results["grad_u"])[padding].any()
+
+
 def _with_threads(monkeypatch, threads, case):
     monkeypatch.setattr(cpu_kernels, "_ELEMENTS_PER_THREAD", 1)
     before = torch.get_num_threads()

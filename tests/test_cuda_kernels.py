@@ -280,6 +280,39 @@ def test_padding_may_hold_anything(run, set_tile, tile, case, junk):
 
 
 @on(SIMULATOR, EMULATOR, DEVICE)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@tiled([LENGTHS, MASK, VERSION_2, (Tile(4, 1, 2), Case(version=2, D=2, padding="mask"))])
+def test_gradients_of_padding_are_zero_whatever_comes_from_behind(run, set_tile, tile, case, junk):
+    set_tile(tile)
+    inputs, grads = case.make_inputs()
+    grads["grad_c_n"].fill_(junk)
+    results = run_and_grads(run, inputs, grads)
+    padding = _padding_of(inputs, case)
+    assert padding.any()
+    assert not results["grad_u"][padding].any()
+    assert not results.get("grad_x", results["grad_u"])[padding].any()
+
+
+@on(SIMULATOR, DEVICE)
+@pytest.mark.parametrize("padding", ["none", "packed"])
+def test_layer_without_gradients_matches_its_parts(run, set_tile, padding):
+    set_tile(Tile(4, 2, 2))
+    case = Case(B=2, D=2, H=3, padding=padding)
+    inputs, _ = case.make_inputs()
+    x, bias, c_0 = (inputs[name].detach() for name in ("x", "bias", "c_0"))
+    weight = torch.randn(case.D * 3 * case.H, x.shape[-1], dtype=x.dtype)
+    device = "cuda" if run is _on_device else "cpu"
+    with torch.no_grad():
+        layer = autograd.sru_layer(
+            *(a.to(device) for a in (x, weight, x, bias, c_0)), directions=case.D, parts=3,
+            cu_seqlens=inputs["cu_seqlens"].to(device) if padding == "packed" else None,
+        )  # fmt: skip
+    u = (x @ weight.t()).view(*x.shape[:-1], case.D, 3, case.H)
+    expected = reference.sru_recurrence(u, x, bias, c_0, cu_seqlens=inputs.get("cu_seqlens"))
+    torch.testing.assert_close(tuple(a.cpu() for a in layer), expected, rtol=1e-12, atol=1e-12)
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
 @tiled([LENGTHS])
 def test_results_repeat_their_bits(run, set_tile, tile, case):
     set_tile(tile)
@@ -472,6 +505,18 @@ def test_registers_do_for_so_many_blocks(passes, version, dtype, tile, capabilit
     kernel = cuda_kernels.backward_kernel if passes == "backward" else cuda_kernels.forward_kernel
     bounds = cuda_kernels.launch_bounds(kernel, Options(version=version), STORAGE[dtype], tile, capability)
     assert bounds == (tile.columns * tile.chunks, blocks)
+
+
+@on(SIMULATOR)
+def test_every_array_decides_how_many_numbers_are_loaded_at_once(run, set_tile, monkeypatch):
+    set_tile(Tile(4, 1, 2))
+    asked = []
+    monkeypatch.setattr(cuda_kernels, "_count_lanes", lambda *arguments: asked.append(arguments) or 1)
+    case = Case(version=2, B=3, D=2, mask_c=True)
+    run_and_grads(run, *case.make_inputs())
+    assert [arguments[1:3] for arguments in asked] == [(30, 5)] * 2  # forward and backward
+    # u, x, bias, weight_c, mask_c, and c_0 or the states, grad_h and grad_c_n
+    assert [sum(a is not None for a in arguments[3:]) for arguments in asked] == [6, 8]
 
 
 @pytest.mark.parametrize(

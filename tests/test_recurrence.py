@@ -4,6 +4,7 @@ import math
 from itertools import product
 
 import pytest
+import torch
 
 from numsru import recurrence
 from numsru.recurrence import IDENTITY, RELU, SELU, TANH
@@ -51,6 +52,16 @@ def test_sigmoid_reaches_its_limits_without_overflow(z, expected):
 @pytest.mark.parametrize("nonlinearity", [IDENTITY, TANH, RELU, SELU])
 def test_nonlinearity_keeps_nan(nonlinearity):
     assert math.isnan(recurrence.activate(math.nan, nonlinearity))
+
+
+@pytest.mark.parametrize(("nonlinearity", "g"), [(RELU, torch.relu), (SELU, torch.selu), (TANH, torch.tanh)])
+@pytest.mark.parametrize("state", [-0.7, 0.0, 0.4])
+def test_nonlinearity_is_torchs(nonlinearity, g, state):
+    c = torch.tensor(state, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(g(c), c)
+    received = recurrence.activate(state, nonlinearity)
+    assert received == pytest.approx(g(c).item(), rel=1e-14)
+    assert recurrence.activate_grad(state, received, nonlinearity) == pytest.approx(slope.item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("nonlinearity", [RELU, SELU])
