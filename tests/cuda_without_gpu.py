@@ -62,6 +62,7 @@ def no_compiler() -> str:
 
 
 def simulate(kernel: Any, device: Any, blocks: Shape, block: Shape, *arguments: Any) -> None:
+    assert min(blocks) > 0, "a GPU refuses a launch without blocks"
     with warnings.catch_warnings():
         # NumPy warns of arithmetic with infinities, a GPU does not.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -74,6 +75,7 @@ def emulate(kernel: Any, device: Any, blocks: Shape, block: Shape, *arguments: A
 
 
 def run_emulator(kernel: Any, blocks: Shape, block: Shape, arguments: tuple[Any, ...], **options: Any) -> Any:
+    assert min(blocks) > 0, "a GPU refuses a launch without blocks"
     values = [0 if a is None else a for a in _flat(kernel, *arguments)]
     names = list(inspect.signature(kernel.function).parameters)
     reduces = inspect.getclosurevars(kernel.function).nonlocals["stage"] == REDUCE_SPANS

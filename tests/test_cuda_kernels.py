@@ -159,7 +159,7 @@ def test_chosen_tiles_match_the_float64_reference(run, monkeypatch, chunks, case
 @tiled(
     [
         (Tile(4, 2, 2), Case(L=9, D=2, padding="lengths", mask_c=True, scale_x=1.3)),
-        (Tile(4, 2, 2, lanes=2), Case(L=9, H=6, D=2, padding="mask", highway="projected")),
+        (Tile(4, 2, 2, lanes=2), Case(L=9, H=6, D=2, padding="mask", highway="projected", nonlinearity="selu")),
         (Tile(4, 1, 2), Case(L=9, version=2, padding="packed", nonlinearity="tanh")),
     ]
 )
