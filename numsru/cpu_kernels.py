@@ -7,7 +7,8 @@ so tasks may run on any thread in any order and the result has the same bits.
 For backward the state is kept at every eighth step only; backward computes those between again.
 
 A kernel's one argument is the address of 64-bit words, addresses and numbers, in the order in which `launch` packs
-them. A launch may cover a part of the time and one of two directions; the state stands in c_n, before and after.
+them. A launch of forward may cover a part of the time and one of two directions; the state stands in c_n, before and
+after. One of backward takes all of both.
 """
 
 import ctypes
@@ -73,7 +74,7 @@ def _next_task(args):
 
 @inlined
 def _row_steps(valid, padding, b, L):
-    """Where the sequence of batch row b begins, and its steps. Padding counts only where it may stand anywhere."""
+    """Where the sequence of batch row b begins, and its steps. Of padding, only that of a mask is among them."""
     if padding == LENGTHS:
         return 0, load(valid, b, np.int64, READ)
     if padding == PACKED:
@@ -83,9 +84,9 @@ def _row_steps(valid, padding, b, L):
 
 
 @inlined
-def _steps_of_launch(begin, total, first, end):
+def _steps_of_launch(begin, steps, first, end):
     """From where to where a launch covers the steps of a row."""
-    return min(max(first - begin, 0), total), min(max(end - begin, 0), total)
+    return min(max(first - begin, 0), steps), min(max(end - begin, 0), steps)
 
 
 @inlined
@@ -178,21 +179,21 @@ def _forward_kernel(options: Options, storage: Any) -> Any:
             for group in range(first_row, end_row, together):
                 longest = end - first
                 if padding == PACKED:
-                    begin, total = _row_steps(valid, padding, group // directions, L)
-                    low, high = _steps_of_launch(begin, total, first, end)
+                    begin, steps = _row_steps(valid, padding, group // directions, L)
+                    low, high = _steps_of_launch(begin, steps, first, end)
                     longest = high - low
                 for s in range(longest):
                     for row in range(group, group + together):
                         b, d = row // directions, first_direction + row % directions
-                        begin, total = _row_steps(valid, padding, b, L)
-                        low, high = _steps_of_launch(begin, total, first, end)
+                        begin, steps = _row_steps(valid, padding, b, L)
+                        low, high = _steps_of_launch(begin, steps, first, end)
                         if s >= high - low:
                             if padding == LENGTHS:
                                 at = ((_position(padding, begin, first + s, b, B) * D + d) * H + unit) * stored
                                 _fill(h + at, units, real(0), storage, H_OUT)
                             continue
-                        k = total - high + s if d == 1 else low + s  # steps that this direction took before
-                        position = _position(padding, begin, total - 1 - k if d == 1 else k, b, B)
+                        k = steps - high + s if d == 1 else low + s  # steps that this direction took before
+                        position = _position(padding, begin, steps - 1 - k if d == 1 else k, b, B)
                         at = ((position * D + d) * H + unit) * stored
                         c = c_n + ((b * D + d) * H + unit) * size
                         if save_c and k % TILE == 0:
@@ -297,7 +298,8 @@ def _backward_kernel(options: Options, storage: Any) -> Any:
             states, c = forgets + TILE * H * size, forgets + 2 * TILE * H * size
             together = 1 if padding == PACKED else end_row - first_row
             for group in range(first_row, end_row, together):
-                for back in range((L + TILE - 1) // TILE):
+                longest = _row_steps(valid, padding, group // D, L)[1] if padding == PACKED else L
+                for back in range((longest + TILE - 1) // TILE):
                     for row in range(group, group + together):
                         b, d = row // D, row % D
                         begin, steps = _row_steps(valid, padding, b, L)
@@ -443,7 +445,10 @@ _pack_words = struct.Struct("12qd14q").pack
 
 
 class Launch(NamedTuple):
-    """What of the recurrence a launch computes: the time from `first` up to `end`, and the directions."""
+    """What of the recurrence a launch computes: the time from `first` up to `end`, and the directions.
+
+    Backward's is of everything.
+    """
 
     first: int
     end: int

@@ -46,6 +46,7 @@ from .recurrence import (
     COARSE_TANH,
     LENGTHS,
     MASK,
+    NO_PADDING,
     NO_SKIP,
     PACKED,
     SKIP_INPUT,
@@ -617,7 +618,7 @@ def backward_kernel(options: Options, storage: Storage, tile: Tile, stage: int =
                         unpack(weight_r, j, real),
                         version,
                     )
-                    if padding == MASK and is_padding:  # though dL/dc be infinite
+                    if padding != NO_PADDING and is_padding:  # 0 even where dL/dc is infinite or NaN
                         g_candidate, g_forget = zero, zero
                     if version == 2 and is_padding:
                         g_c = c[j]

@@ -168,6 +168,7 @@ def recurrence_backward(
     options = _options(u, x, None, weight_c, mask_c, nonlinearity, placement, padding, True)
     B, D, H = _batch_size(u, valid, padding), u.shape[-3], u.shape[-1]
     _check_operands(u, x, bias, grad_c_n, weight_c, mask_c, valid, padding, B)
+    check_valid(valid, padding, len(u))
     check("grad_h", grad_h, (*u.shape[:-3], D * H), u.dtype, u.device)
     check("saved", saved, (count_saved(padding, len(u), B), D * H), bias.dtype, u.device)
     u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c_n = _contiguous(  # type: ignore[assignment]

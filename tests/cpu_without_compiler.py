@@ -1,7 +1,7 @@
 """Run the CPU kernels as plain Python, and check what compiled code cannot: every access to memory.
 
-An access must lie inside of an array that the launch was given. What a task writes no other task may touch. What is
-written under one alias scope may not be touched under another: LLVM is told that nobody does, and relies on it.
+An access must be to an element of some array of the launch. What a task writes no other task may touch. What is written
+under one alias scope may not be touched under another: LLVM is told that nobody does, and relies on it.
 """
 
 import bisect
@@ -32,12 +32,16 @@ class Memory:
     def __init__(self) -> None:
         self.arrays: list[torch.Tensor] = []
         self.errors: list[Exception] = []
+        self.bounds: list[tuple[int, int]] = []  # of the arrays: the first byte, and that behind the last
+        self.touched: dict[int, set[tuple[int, int]]] = defaultdict(set)  # by which tasks, under which scopes
+        self.written: set[int] = set()
         self.thread = threading.local()  # .task, .words: those at work
+        self.lock = threading.Lock()
 
     def launch(self, run: Callable[..., None], *arguments: Any) -> None:
         self.bounds = sorted((a.data_ptr(), a.data_ptr() + a.nbytes) for a in self.arrays)
-        self.touched: dict[int, set[tuple[int, int]]] = defaultdict(set)  # by which tasks, under which scopes
-        self.written: set[int] = set()
+        self.touched.clear()
+        self.written.clear()
         run(*arguments)
         self.arrays.clear()
         for error in self.errors:
@@ -58,16 +62,17 @@ class Memory:
 
     def element(self, address: int, index: int, dtype: Any, scope: int) -> Any:
         kind = IN_MEMORY[dtype]
-        address += index * ctypes.sizeof(kind)
-        place = bisect.bisect(self.bounds, (address, 2**64)) - 1
-        inside = place >= 0 and address + ctypes.sizeof(kind) <= self.bounds[place][1]
-        if not inside and not self.thread.words <= address <= self.thread.words + 26 * 8:
+        size = ctypes.sizeof(kind)
+        address += index * size
+        start, end = self.bounds[max(0, bisect.bisect(self.bounds, (address, 2**64)) - 1)]
+        if not start <= address <= end - size or (address - start) % size:
             raise IndexError(f"no array has an element at {address:#x}")
-        if inside:
-            self.touched[address].add((self.thread.task, scope))
+        self.touched[address].add((self.thread.task, scope))
         return kind.from_address(address)
 
     def load(self, address: int, index: int, dtype: Any, scope: int) -> Any:
+        if address == self.thread.words and 0 <= index < 27:
+            return IN_MEMORY[dtype].from_address(address + 8 * index).value
         value = self.element(address, index, dtype, scope).value
         if dtype in OF_16_BITS:
             return np.float32(torch.tensor(value, dtype=torch.uint16).view(OF_16_BITS[dtype]).item())
@@ -82,7 +87,8 @@ class Memory:
 
     def fetch_add(self, address: int, increment: int) -> int:
         count = ctypes.c_int64.from_address(address)
-        self.thread.task, count.value = count.value, count.value + increment
+        with self.lock:
+            self.thread.task, count.value = count.value, count.value + increment
         return self.thread.task
 
     def address(self, array: torch.Tensor | None) -> int:
@@ -104,5 +110,6 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         "product": lambda *arguments, **named: memory.remember(product(*arguments, **named)),
         "_forward_kernel": cpu_kernels._forward_kernel.__wrapped__,
         "_backward_kernel": cpu_kernels._backward_kernel.__wrapped__,
+        "step_kernel": cpu_kernels.step_kernel.__wrapped__,
     }.items():  # fmt: skip
         monkeypatch.setattr(cpu_kernels, name, function)

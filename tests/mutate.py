@@ -1,10 +1,11 @@
 """Change one operator, comparison or number of a module at a time, and see whether its tests notice.
 
-  python tests/mutate.py numsru/recurrence.py tests/test_recurrence.py tests/test_reference.py
+  python tests/mutate.py numsru/reference.py tests/test_reference.py tests/test_export.py
   python tests/mutate.py --jobs 2 --lines 20-90 numsru/products.py tests/test_products.py
   NUMBA_ENABLE_CUDASIM=1 python tests/mutate.py --every 4 numsru/cuda_kernels.py tests/test_cuda_kernels.py
 
-Prints every mutant that no test notices, and how many there were. Works on copies; nothing here is changed.
+Prints every mutant that no test notices, and how many there were. `x += y` stays as it is, and so does the second
+operator of `x < y < z`. Works on copies; nothing here is changed.
 """
 
 import argparse
@@ -18,10 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-import numba.cuda  # noqa: F401  (imported once, for all mutants)
-import pytest
-import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTEAD = {
@@ -76,11 +73,10 @@ def mutate(source: str, n: int, lines: tuple[int, int]) -> tuple[str, str] | Non
 
 def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
     """Begin to test a copy of the project, in a folder, with another source of a module. Returns the process."""
-    for name in ("numsru", "tests", "setup.cfg", "pyproject.toml"):
+    for name in ("numsru", "tests", "benchmarks", "setup.cfg", "pyproject.toml"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
-    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     (folder / module).write_text(source, encoding="utf-8")
-    pid = os.fork()  # what was imported here need not be imported again
+    pid = os.fork()
     if pid == 0:
         os.setsid()
         for stream in (1, 2):
@@ -88,6 +84,8 @@ def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
         sys.path[:0] = [str(folder), str(folder / "tests")]
+        import pytest
+
         # Hypothesis works without its plugin, which takes longer to import than most mutants to be noticed.
         os._exit(pytest.main(["-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *tests]))
     return pid
@@ -123,6 +121,10 @@ def survivors(
 
 
 def main() -> int:
+    # Once for all mutants. Not at the top: the test of this file needs none of them.
+    import numba.cuda  # noqa: F401
+    import torch  # noqa: F401
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", type=Path)
     parser.add_argument("tests", nargs="+")

@@ -342,6 +342,15 @@ def test_operators_check_what_they_read(wrong):
         torch.ops.numsru.recurrence_backward(h, c_n, *rest, saved[:1], 1.0, 1, 0, 0)
 
 
+def test_operators_check_the_values_of_lengths():
+    u, bias, lengths = torch.zeros(4, 3, 1, 3, 8), torch.zeros(1, 2, 8), torch.tensor([4, 0, 5])
+    with pytest.raises(ValueError, match="between 0 and L = 4, got 0 to 5"):
+        torch.ops.numsru.recurrence(u, None, bias, None, None, None, lengths, 1.0, TANH, 0, LENGTHS, True)
+    h, c_n, saved = torch.ops.numsru.recurrence(u, None, bias, None, None, None, None, 1.0, TANH, 0, NO_PADDING, True)
+    with pytest.raises(ValueError, match="between 0 and L = 4, got 0 to 5"):
+        torch.ops.numsru.recurrence_backward(h, c_n, u, None, bias, None, None, lengths, saved, 1.0, TANH, 0, LENGTHS)
+
+
 def test_a_transform_inside_of_a_graph_is_refused():
     rnn = SRU(4, 4)
 

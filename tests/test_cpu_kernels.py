@@ -14,7 +14,7 @@ from cases import (
     assert_matches_reference,
     run_and_grads,
 )
-from cpu_without_compiler import without_compiler  # noqa: F401  (a fixture)
+from cpu_without_compiler import Memory, without_compiler  # noqa: F401  (a fixture)
 from numba import cfunc, njit
 
 from numsru import cpu_kernels, recurrence, sru_recurrence
@@ -70,38 +70,90 @@ def test_kernels_match_the_float64_reference(case):
     assert_matches_reference(sru_recurrence, case)
 
 
+SHORT = [case for case in CASES if case.L < 100]
+
+
 @pytest.mark.usefixtures("without_compiler")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHORT, ids=str)
 def test_kernels_as_plain_python_match_the_float64_reference(case):
     assert_matches_reference(sru_recurrence, case)
 
 
+OF_16_BITS = [
+    Case(L=19, H=33),
+    Case(L=19, H=5, D=2, padding="lengths", mask_c=True, scale_x=1.2),
+    Case(L=19, H=20, D=2, padding="mask", highway="projected", nonlinearity="selu"),
+    Case(L=19, H=20, padding="packed", version=2, nonlinearity="tanh"),
+    Case(L=9, H=16, highway="none", nonlinearity="relu", c_0=False),
+]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE_OF_16_BITS, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(L=19, H=33),
-        Case(L=19, H=5, D=2, padding="lengths", mask_c=True, scale_x=1.2),
-        Case(L=19, H=20, D=2, padding="mask", highway="projected", nonlinearity="selu"),
-        Case(L=19, H=20, padding="packed", version=2, nonlinearity="tanh"),
-        Case(L=9, H=16, highway="none", nonlinearity="relu", c_0=False),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", OF_16_BITS, ids=str)
 def test_16_bits_match_the_float64_reference_of_the_same_inputs(case, dtype):
     assert_16_bits_match_reference(sru_recurrence, case, dtype)
 
 
 @pytest.mark.usefixtures("without_compiler")
-@pytest.mark.parametrize("case", [case for case in CASES if case.padding in ("lengths", "mask")], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE_OF_16_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", OF_16_BITS, ids=str)
+def test_16_bits_as_plain_python_match_the_float64_reference(case, dtype):
+    assert_16_bits_match_reference(sru_recurrence, case, dtype)
+
+
+def _touch_plain_memory(*accesses):
+    """Store to an array of four float32 numbers: tuples of task, index, scope and dtype, one after the other."""
+    memory = Memory()
+    array = memory.remember(torch.zeros(4))
+
+    def run():
+        memory.thread.words = 0
+        for task, index, scope, dtype in accesses:
+            memory.thread.task = task
+            memory.store(array.data_ptr(), index, 1, dtype, scope)
+
+    memory.launch(run)
+    return array.tolist()
+
+
+def test_plain_python_passes_tasks_that_share_nothing():
+    assert _touch_plain_memory((0, 0, 1, np.float32), (0, 0, 1, np.float32), (1, 3, 2, np.float32)) == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("access", [(0, 4, 1, np.float32), (0, -1, 1, np.float32), (0, 2, 1, np.float64)])
+def test_plain_python_refuses_what_is_outside_of_arrays(access):
+    with pytest.raises(IndexError, match="no array has an element"):
+        _touch_plain_memory(access)
+
+
+@pytest.mark.parametrize("other", [(1, 2, 1, np.float32), (0, 2, 2, np.float32)], ids=["task", "scope"])
+def test_plain_python_refuses_what_two_tasks_or_scopes_share(other):
+    with pytest.raises(AssertionError, match="several tasks or under several scopes"):
+        _touch_plain_memory((0, 2, 1, np.float32), other)
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("case", [case for case in SHORT if case.padding in ("lengths", "mask")], ids=str)
 def test_gradients_of_padding_as_plain_python_are_zero_whatever_comes_from_behind(case):
     inputs, grads = case.make_inputs()
     grads["grad_c_n"].fill_(float("nan"))
     results = run_and_grads(sru_recurrence, inputs, grads)
-    padding = inputs.get("mask_pad", torch.arange(case.L)[:, None] >= inputs.get("lengths", 0))
+    mask_pad = inputs.get("mask_pad")
+    padding = torch.arange(case.L)[:, None] >= inputs["lengths"] if mask_pad is None else mask_pad
     assert padding.any()
-    assert not results["grad_u"][padding].any()
-    assert not results.get("grad_x", results["grad_u"])[padding].any()
+    for name in ("grad_u", "grad_x"):
+        assert name not in results or not results[name][padding].any(), name
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize(
+    "case", [case for case in SHORT if case.padding in ("lengths", "packed") and case.B > 1], ids=str
+)
+def test_nothing_of_an_empty_sequence_as_plain_python_reaches_the_parameters(case):
+    inputs, grads = case.make_inputs()
+    grads["grad_c_n"][1] = float("nan")  # the second sequence of every case is empty
+    results = run_and_grads(sru_recurrence, inputs, grads)
+    assert all(results[name].isfinite().all() for name in ("grad_bias", "grad_weight_c") if name in results)
 
 
 def _with_threads(monkeypatch, threads, case):

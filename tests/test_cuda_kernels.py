@@ -289,8 +289,24 @@ def test_gradients_of_padding_are_zero_whatever_comes_from_behind(run, set_tile,
     results = run_and_grads(run, inputs, grads)
     padding = _padding_of(inputs, case)
     assert padding.any()
-    assert not results["grad_u"][padding].any()
-    assert not results.get("grad_x", results["grad_u"])[padding].any()
+    for name in ("grad_u", "grad_x"):
+        assert name not in results or not results[name][padding].any(), name
+
+
+@on(SIMULATOR, EMULATOR, DEVICE)
+@tiled([LENGTHS, PACKED, VERSION_2])
+def test_nothing_of_an_empty_sequence_reaches_the_parameters(run, set_tile, tile, case):
+    """As where a loss divides by its length, 0. The second sequence of every case is empty."""
+    set_tile(tile)
+    inputs, grads = case.make_inputs()
+    grads["grad_c_n"][1] = float("nan")
+    expected = run_and_grads(reference.sru_recurrence, inputs, grads)
+    assert expected["grad_bias"].isfinite().all()
+    received = run_and_grads(run, inputs, grads)
+    assert received["grad_c_0"][1].isnan().all()
+    for results in (expected, received):
+        results["grad_c_0"][1] = 0
+    assert_agrees(received, expected, TOLERANCE[case.dtype])
 
 
 @on(SIMULATOR, DEVICE)
@@ -300,7 +316,7 @@ def test_layer_without_gradients_matches_its_parts(run, set_tile, padding):
     case = Case(B=2, D=2, H=3, padding=padding)
     inputs, _ = case.make_inputs()
     x, bias, c_0 = (inputs[name].detach() for name in ("x", "bias", "c_0"))
-    weight = torch.randn(case.D * 3 * case.H, x.shape[-1], dtype=x.dtype)
+    weight = torch.randn(case.D * 3 * case.H, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     device = "cuda" if run is _on_device else "cpu"
     with torch.no_grad():
         layer = autograd.sru_layer(
@@ -501,7 +517,7 @@ def test_tiles_are_those_that_were_measured():
         ("backward", 2, bfloat16, Tile(128, 1, 8), (9, 0), 2),
     ],
 )
-def test_registers_do_for_so_many_blocks(passes, version, dtype, tile, capability, blocks):
+def test_registers_suffice_for_so_many_blocks(passes, version, dtype, tile, capability, blocks):
     kernel = cuda_kernels.backward_kernel if passes == "backward" else cuda_kernels.forward_kernel
     bounds = cuda_kernels.launch_bounds(kernel, Options(version=version), STORAGE[dtype], tile, capability)
     assert bounds == (tile.columns * tile.chunks, blocks)

@@ -392,10 +392,11 @@ def test_sequences_end_to_end_are_each_computed_alone(case: cases.Case) -> None:
             steps = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
             own = {"u": u[steps].unsqueeze(1)}
             for name, a in others.items():
-                if a is not None and name in ("c_0", "mask_c"):
-                    own[name] = a[b : b + 1]
-                else:
-                    own[name] = a[steps].unsqueeze(1) if a is not None and name == "x" else a
+                if name == "x" and a is not None:
+                    a = a[steps].unsqueeze(1)
+                elif name in ("c_0", "mask_c") and a is not None:
+                    a = a[b : b + 1]
+                own[name] = a
             h, c_n = sru_recurrence(**own)
             results.append((h.squeeze(1), c_n))
         h, c_n = (torch.cat(parts) for parts in zip(*results, strict=True))
