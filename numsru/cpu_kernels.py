@@ -6,7 +6,7 @@ so tasks may run on any thread in any order and the result has the same bits.
 
 For backward the state is kept at every eighth step only; backward computes those between again.
 
-A kernel's one argument is the address of 64-bit words, addresses and numbers, in the order in which `launch` packs
+A kernel's one argument is the address of 64-bit words, addresses and numbers, in the order in which `_run` packs
 them. A launch of forward may cover a part of the time and one of two directions; the state stands in c_n, before and
 after. One of backward takes all of both.
 """
@@ -460,10 +460,9 @@ class Launch(NamedTuple):
     directions: int
 
 
-def _tasks(launch: Launch, padding: int) -> tuple[int, int, int, int]:
-    """Threads, tasks, rows of each task and units of each task."""
+def _tasks(launch: Launch, padding: int, n_threads: int) -> tuple[int, int, int, int]:
+    """Threads, at most `n_threads`, tasks, rows of each task and units of each task."""
     rows, H = launch.B * launch.directions, launch.H
-    n_threads = torch.get_num_threads()
     if n_threads > 1:
         steps = (launch.end - launch.first) * (1 if padding == PACKED else launch.B)
         n_threads = max(1, min(n_threads, steps * launch.directions * H // _ELEMENTS_PER_THREAD))
@@ -520,7 +519,7 @@ def forward(
         kernel = _forward_kernel(options._replace(has_c_0=False), STORAGE[u.dtype])
         launch = Launch(0, steps, L, B, D, H, 0, D)
         arrays = [_address(a) for a in (u, x, bias, weight_c, mask_c, valid, c_n, h, saved)]
-        _run(kernel, _tasks(launch, options.padding), launch, scale_x, arrays)
+        _run(kernel, _tasks(launch, options.padding, torch.get_num_threads()), launch, scale_x, arrays)
     return h, c_n, saved
 
 
@@ -548,7 +547,9 @@ def layer_forward(
         launch = Launch(first, end, L, B, D, H, first_direction, directions)
         others = [_address(a) for a in (x, bias, weight_c, mask_c, valid, c_n, h)]
         u_of_step_0 = u.data_ptr() - first * rows * directions * part * u.element_size()
-        _run(kernel, _tasks(launch, options.padding), launch, scale_x, [u_of_step_0, *others, 0])
+        _run(
+            kernel, _tasks(launch, options.padding, torch.get_num_threads()), launch, scale_x, [u_of_step_0, *others, 0]
+        )
 
     if pieces == 1:
         run(0, steps, 0, D, v.new_empty(steps * rows, D * part))
@@ -584,9 +585,9 @@ def step(
 
 @functools.lru_cache(1024)
 def _plan_step(B: int, H: int, n_threads: int) -> tuple[tuple[int, int, int, int], Launch]:
-    """How a step is launched by a thread for which torch has `n_threads`."""
+    """How a step is launched on at most `n_threads` threads."""
     launch = Launch(0, 1, 1, B, 1, H, 0, 1)
-    return _tasks(launch, NO_PADDING), launch
+    return _tasks(launch, NO_PADDING, n_threads), launch
 
 
 @functools.cache
@@ -608,7 +609,7 @@ def backward(
     if grad_c.numel():
         kernel = _backward_kernel(options._replace(has_c_0=False), STORAGE[u.dtype])
         launch = Launch(0, len(u), L, B, D, H, 0, D)
-        tasks = _tasks(launch, options.padding)
+        tasks = _tasks(launch, options.padding, torch.get_num_threads())
         scratch = bias.new_empty(tasks[1], 2 * TILE + 1, H)
         arrays = u, x, bias, weight_c, mask_c, valid, saved, grad_h, grad_c, grad_u, grad_x, sum_bias, sum_weight_c
         _run(kernel, tasks, launch, scale_x, [_address(a) for a in (*arrays, scratch)])

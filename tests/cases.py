@@ -74,6 +74,13 @@ class Case(NamedTuple):
         return inputs, {"grad_h": normal(*leading, D * H), "grad_c_n": normal(B, D * H)}
 
 
+def padding_of(inputs: dict[str, Any]) -> Tensor:
+    """True at padding, (L, B), of inputs with `mask_pad` or `lengths`."""
+    if "mask_pad" in inputs:
+        return inputs["mask_pad"]
+    return torch.arange(len(inputs["u"])).unsqueeze(1) >= inputs["lengths"]
+
+
 def run_and_grads(function: Callable[..., Any], inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """h, c_n and the gradient of every input that requires one, by name."""
     h, c_n = function(**inputs)

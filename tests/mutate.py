@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 INSTEAD = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
@@ -84,8 +86,6 @@ def start(module: Path, source: str, tests: list[str], folder: Path) -> int:
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
         sys.path[:0] = [str(folder), str(folder / "tests")]
-        import pytest
-
         # Hypothesis works without its plugin, which takes longer to import than most mutants to be noticed.
         os._exit(pytest.main(["-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *tests]))
     return pid
@@ -121,7 +121,7 @@ def survivors(
 
 
 def main() -> int:
-    # Once for all mutants. Not at the top: the test of this file needs none of them.
+    # Once for all mutants. Not at the top of the file: it has a test, and not every machine can import numba.cuda.
     import numba.cuda  # noqa: F401
     import torch  # noqa: F401
 

@@ -12,6 +12,7 @@ from cases import (
     Case,
     assert_16_bits_match_reference,
     assert_matches_reference,
+    padding_of,
     run_and_grads,
 )
 from cpu_without_compiler import Memory, without_compiler  # noqa: F401  (a fixture)
@@ -138,8 +139,7 @@ def test_gradients_of_padding_as_plain_python_are_zero_whatever_comes_from_behin
     inputs, grads = case.make_inputs()
     grads["grad_c_n"].fill_(float("nan"))
     results = run_and_grads(sru_recurrence, inputs, grads)
-    mask_pad = inputs.get("mask_pad")
-    padding = torch.arange(case.L)[:, None] >= inputs["lengths"] if mask_pad is None else mask_pad
+    padding = padding_of(inputs)
     assert padding.any()
     for name in ("grad_u", "grad_x"):
         assert name not in results or not results[name][padding].any(), name
@@ -196,12 +196,7 @@ def test_results_have_the_same_bits_for_any_number_of_threads(monkeypatch, case,
     ],
 )
 def test_work_is_shared_out(threads, launch, padding, expected):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert cpu_kernels._tasks(launch, padding) == expected
-    finally:
-        torch.set_num_threads(before)
+    assert cpu_kernels._tasks(launch, padding, threads) == expected
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -236,7 +231,7 @@ def test_inference_in_pieces_as_plain_python_matches_the_whole(monkeypatch, padd
         "mask": (recurrence.MASK, inputs.get("mask_pad")),
         "packed": (recurrence.PACKED, inputs.get("cu_seqlens")),
     }[padding]
-    weight = torch.randn(case.D * 3 * case.H, x.shape[-1], dtype=x.dtype)
+    weight = torch.randn(case.D * 3 * case.H, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     options = Options(padding=kind, has_c_0=True)
     u = (x @ weight.t()).view(*x.shape[:-1], case.D, 3, case.H)
     h, c_n, _ = cpu_kernels.forward(options, u, x, bias, None, c_0, None, valid, 1.3, case.L, case.B)

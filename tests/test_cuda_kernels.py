@@ -12,6 +12,7 @@ from cases import (
     assert_16_bits_match_reference,
     assert_agrees,
     assert_matches_reference,
+    padding_of,
     run_and_grads,
     to_float64,
 )
@@ -259,12 +260,6 @@ def test_time_is_split_for_few_columns_and_many_steps(backward, options, dtype, 
     assert spans * tiles * tile.chunks * tile.steps >= L
 
 
-def _padding_of(inputs, case):
-    if "mask_pad" in inputs:
-        return inputs["mask_pad"]
-    return torch.arange(case.L)[:, None] >= inputs["lengths"]
-
-
 @on(SIMULATOR, EMULATOR, DEVICE)
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 @tiled([LENGTHS, MASK, VERSION_2, (Tile(4, 1, 2), Case(version=2, D=2, padding="mask"))])
@@ -272,7 +267,7 @@ def test_padding_may_hold_anything(run, set_tile, tile, case, junk):
     set_tile(tile)
     inputs, grads = case.make_inputs()
     expected = run_and_grads(reference.sru_recurrence, to_float64(inputs), to_float64(grads))
-    padding = _padding_of(inputs, case)
+    padding = padding_of(inputs)
     for a in (inputs["u"], inputs["x"], grads["grad_h"]):
         if a is not None:
             a.data[padding] = junk
@@ -287,7 +282,7 @@ def test_gradients_of_padding_are_zero_whatever_comes_from_behind(run, set_tile,
     inputs, grads = case.make_inputs()
     grads["grad_c_n"].fill_(junk)
     results = run_and_grads(run, inputs, grads)
-    padding = _padding_of(inputs, case)
+    padding = padding_of(inputs)
     assert padding.any()
     for name in ("grad_u", "grad_x"):
         assert name not in results or not results[name][padding].any(), name
