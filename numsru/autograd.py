@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import operators, reference
 from .backend import (
+    check_gradients,
     check_not_traced,
     is_autocast,
     is_exporting,
@@ -69,6 +71,7 @@ class _Call(NamedTuple):
         valid: Tensor | None, c: Tensor, grad_h: Tensor, grad_c_n: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
         """Gradients of u, x, bias, weight_c and c_0."""
+        check_gradients(grad_h, grad_c_n)
         return self.kernels.backward(  # type: ignore[no-any-return]
             self.options, u, x, bias, weight_c, mask_c, valid, self.scale_x, self.L, self.B, c,
             grad_h.contiguous().resolve_neg(), grad_c_n.contiguous().resolve_neg(),
@@ -294,14 +297,14 @@ def sru_recurrence(
             f"and H >= 1 units, got {tuple(u.shape)}"
         )
     D, K, H = u.shape[-3:]
-    if u.dtype not in DTYPES:
-        raise TypeError(f"u must be float32, float64, float16 or bfloat16, got {u.dtype}")
+    check_dtype("u", u.dtype)
     if K == 4 and x is not None:
         raise ValueError("x must be None where u has K = 4 sub-matrices: the fourth replaces it")
     _check("x", x, (*u.shape[:-3], D * H), u.dtype, u.device)
     prepared = _prepare(
         u.shape[:-3], D, K, H, u.dtype, u.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
-        cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(u, x, bias, c_0, weight_c), may_look(u),
+        cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(u, x, bias, c_0, weight_c),
+        may_look(*tensors.values()),
     )  # fmt: skip
     if prepared.call is None:
         return _reference(u, x, prepared.options)
@@ -345,13 +348,13 @@ def sru_layer(
         v, weight = v.to(dtype), weight.to(dtype)
         x = v if same else None if x is None else x.to(dtype)
     D, K, H = directions, parts, weight.shape[0] // (directions * parts)
-    look = may_look(v)
+    look = may_look(v, weight, x, bias, c_0, weight_c, mask_c, lengths, mask_pad, cu_seqlens)
     prepared = _prepare(
         v.shape[:-1], D, K, H, v.dtype, v.device, x is not None, bias, c_0, weight_c, mask_c, lengths, mask_pad,
         cu_seqlens, scale_x, nonlinearity, dropout_placement, _require_grad(v, weight, x, bias, c_0, weight_c),
         look,
     )  # fmt: skip
-    if prepared.call is None or not look:
+    if prepared.call is None or not look or v.is_meta:
         u = F.linear(v, weight).view(*v.shape[:-1], D, K, H)
         return _reference(u, x, prepared.options) if prepared.call is None else _by_kernels(prepared, u, x)
     v, weight = v.contiguous().resolve_neg(), weight.contiguous().resolve_neg()
@@ -429,7 +432,7 @@ def _reference(u: Tensor, x: Tensor | None, options: dict[str, Any]) -> tuple[Te
 def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
     call, tensors = prepared.call, prepared.tensors
     assert call is not None
-    if uses_operators(u):
+    if uses_operators(u, x, *tensors):
         if is_transformed():
             raise RuntimeError(
                 "torch.compile cannot compile a transform of torch.func around numsru's kernels. Leave it out, or call "
@@ -451,7 +454,12 @@ def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tenso
 
 
 def _require_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
+    return (
+        torch.is_grad_enabled()
+        and any(a is not None and a.requires_grad for a in tensors)
+        # Inference mode wins over `enable_grad` inside of it. A compiler cannot ask for it.
+        and (is_compiling() or not torch.is_inference_mode_enabled())
+    )
 
 
 def _prepare(
@@ -534,12 +542,15 @@ def check_padding(
         raise ValueError(f"lengths must have shape {(B,)}, got {tuple(lengths.shape)}")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if look and lengths.device.type == "cpu":
+    if lengths.device.type != "cpu":
+        if lengths.device != device:
+            raise ValueError(f"lengths must be on {device} as the input is, or on the CPU, got {lengths.device}")
+        return lengths.long()
+    # A copy: kernels on the CPU rely on the values that are checked here, and read them again in backward.
+    lengths = lengths.to(torch.int64, copy=True)
+    if look:
         check_lengths(lengths, L)
-    if lengths.device.type != "cpu" and lengths.device != device:
-        raise ValueError(f"lengths must be on {device} as the input is, or on the CPU, got {lengths.device}")
-    # A copy: kernels on the CPU rely on the values that were checked here, and read them again in backward.
-    return lengths.to(device, torch.int64, copy=lengths.device.type == "cpu")
+    return lengths.to(device)
 
 
 def check_cu_seqlens(
@@ -559,6 +570,11 @@ def check_cu_seqlens(
         return cu_seqlens.to(device), total_steps
     check_rise(cu_seqlens, total_steps)
     return cu_seqlens.to(device), int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {dtype}")
 
 
 def _check_choice(name: str, value: str, choices: dict[str, int]) -> None:

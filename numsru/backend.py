@@ -58,8 +58,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def kernels_for(device_type: str) -> ModuleType | None:
-    """The kernels for tensors on a device; None where there are none."""
-    if device_type == "cpu":
+    """The kernels for tensors on a device; None where there are none. On "meta", nothing is computed anyway."""
+    if device_type in ("cpu", "meta"):
         return cpu_kernels
     if device_type == "cuda":
         try:
@@ -97,12 +97,19 @@ def uses_reference() -> bool:
     return _chosen.name == "reference" or forward_ad._current_level >= 0 or is_exporting()
 
 
-def uses_operators(a: Tensor) -> bool:
-    """Whether a call with the tensor `a` has to go through torch's dispatcher, which costs more than to go past it.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all have memory of their own, unlike most subclasses of Tensor."""
+    return _PLAIN.issuperset(map(type, tensors))
 
-    There compilers, dispatch modes and subclasses of Tensor take part.
-    """
-    return is_compiling() or type(a) not in _PLAIN or _count_dispatch_modes() > 0
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, a dispatch mode or a subclass of Tensor has to see a call with these tensors."""
+    return is_compiling() or not is_plain(*tensors) or _count_dispatch_modes() > 0
+
+
+def uses_operators(a: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call with these tensors has to go through torch's dispatcher, which costs more than to go past it."""
+    return a.is_meta or _is_watched(a, *others)
 
 
 def is_transformed() -> bool:
@@ -110,31 +117,33 @@ def is_transformed() -> bool:
     return _is_transformed()
 
 
-def may_look(a: Tensor) -> bool:
-    """Whether a call with the tensor `a` may look at the values of tensors on the host."""
-    return not (is_compiling() or type(a) not in _PLAIN or _count_dispatch_modes() > 0 or _is_transformed())
+def may_look(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors may look at the values of tensors on the host."""
+    return not (_is_watched(*tensors) or _is_transformed())
 
 
-def takes_shortcuts(a: Tensor) -> bool:
-    """Whether kernels may be run on the memory of `a`, past torch: nobody else has to see it.
-
-    The questions above once more, in one function: this is asked at every call of a module.
-    """
-    return not (
-        is_compiling()
-        or type(a) not in _PLAIN
-        or _count_dispatch_modes() > 0
-        or _is_transformed()
-        or _chosen.name != "auto"
-        or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-    )
+def takes_shortcuts(*tensors: Tensor | None) -> bool:
+    """Whether kernels may be run on the memory of these tensors, past torch: nobody else has to see it."""
+    return may_look(*tensors) and _chosen.name == "auto" and forward_ad._current_level < 0 and _tracing_state() is None
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_transformed = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _tracing_state = torch._C._get_tracing_state
+
+
+def check_gradients(*grads: Tensor) -> None:
+    """Refuse gradients that kernels cannot read, although forward took plain tensors."""
+    for grad in grads:
+        if _is_batched(grad):
+            raise RuntimeError(
+                "numsru's kernels compute no batched gradients (is_grads_batched=True, vectorize=True): use "
+                "torch.func.jacrev, or call the module inside numsru.use_backend('reference')"
+            )
+        if not is_plain(grad):
+            raise TypeError(f"gradients must be plain tensors as the outputs are, got {type(grad).__name__}")
 
 
 def check_not_traced() -> None:

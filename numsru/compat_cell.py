@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import sru_recurrence
+from .autograd import check_dtype, sru_recurrence
 from .backend import INSTEAD_OF_TORCHSCRIPT, may_look
 from .compat_convert import gate_major
-from .nn import check_probabilities, check_sizes, highway_scale
+from .nn import check_matches, check_probabilities, check_sizes, highway_scale
 from .padding import Padding, compute_padded
 from .reference import NONLINEARITIES
 
@@ -113,6 +113,7 @@ class SRUCell(nn.Module):
         self.output_size = self.num_directions * hidden_size
         self.num_matrices = 4 if has_skip_term and input_size != self.output_size else 3
         self.projection_size = n_proj or projection_size
+        check_sizes(at_least=0, projection_size=self.projection_size)
         if not 0 < self.projection_size < min(input_size, self.output_size):
             self.projection_size = 0
         self.dropout, self.rnn_dropout, self.bidirectional = float(dropout), float(rnn_dropout), bool(bidirectional)
@@ -213,6 +214,8 @@ class SRUCell(nn.Module):
         self, x: Tensor, c0: Tensor | None, padding: Padding, extra: dict[str, Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """h and the final state of x, (L, B, in) or (total_steps, in)."""
+        if self.weight is not None:
+            check_matches(x, self.weight)
         B = x.shape[1] if padding.cu_seqlens is None else len(padding.cu_seqlens) - 1
         if c0 is not None:
             check_state(c0, (B, self.output_size))
@@ -312,9 +315,10 @@ class SRUCell(nn.Module):
                 state_dict[f"{prefix}{own}{key[len(prefix) + len(other) :]}"] = state_dict.pop(key)
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         if given == {"weight", "bias"} and self._custom is None:  # all that a file of 1.x holds
-            state_dict[prefix + "weight_c"] = torch.zeros_like(self.weight_c)
-            state_dict[prefix + "scale_x"] = torch.ones_like(self.scale_x)
-        if self.v1 and prefix + "weight_c" in state_dict and state_dict[prefix + "weight_c"].any():
+            bias = state_dict[prefix + "bias"]
+            state_dict |= {prefix + "weight_c": torch.zeros_like(bias), prefix + "scale_x": bias.new_ones(1)}
+        weight_c = state_dict.get(prefix + "weight_c")
+        if self.v1 and weight_c is not None and not weight_c.is_meta and weight_c.any():
             args[-1].append(f"{prefix}weight_c is not 0, as it must be with v1=True: this file needs v1=False.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -364,11 +368,13 @@ def check_input(input: Tensor, size: int) -> None:
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if input.dim() not in (2, 3) or input.shape[-1] != size:
         raise ValueError(f"input must have shape (L, B, {size}) or (B, {size}), got {tuple(input.shape)}")
+    check_dtype("input", input.dtype)
 
 
 def check_state(c0: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(c0, Tensor):
         raise TypeError(f"c0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c0).__name__}")
+    check_dtype("c0", c0.dtype)
     if c0.shape != shape:
         raise ValueError(f"c0 must have shape {shape}, got {tuple(c0.shape)}")
 

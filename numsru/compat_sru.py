@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .compat_cell import SRUCell, as_bool, check_input, check_one_name, check_state, repr_of
-from .nn import check_sizes
+from .nn import check_probabilities, check_sizes
 from .padding import Padding, compute_packed, compute_padded
 
 
@@ -32,6 +32,7 @@ class Stack(nn.Module):
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        check_probabilities(dropout=dropout)
         self.dropout, self.bidirectional = float(dropout), bool(bidirectional)
         self.num_directions = 2 if bidirectional else 1
         self.output_size = self.num_directions * hidden_size

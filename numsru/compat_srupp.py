@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .compat_cell import SRUCell, as_bool
 from .compat_sru import Stack
-from .nn import check_sizes
+from .nn import check_probabilities, check_sizes
 
 
 class SRUppProjectedLinear(nn.Module):
@@ -119,6 +119,7 @@ class SRUppAttention(nn.Module):
         normalize_after: bool = True,
     ) -> None:
         super().__init__()
+        check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
         if num_heads < 1 or proj_features % num_heads:
             raise ValueError(f"num_heads must divide the projection's size {proj_features}, got {num_heads}")
         self.in_features, self.out_features, self.proj_features = in_features, out_features, proj_features
@@ -312,6 +313,7 @@ class SRUpp(Stack):
             proj_input_to_hidden_first,
         )  # fmt: skip
         check_sizes(proj_size=proj_size, attention_every_n_layers=attention_every_n_layers)
+        check_sizes(at_least=-1, attention_last_n_layers=attention_last_n_layers)
         if attention_every_n_layers != 1 and attention_last_n_layers != -1:
             raise ValueError("expected one of attention_every_n_layers and attention_last_n_layers, got both")
         self.proj_size, self.num_heads = proj_size, num_heads

@@ -13,19 +13,27 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cpu_kernels
-from .autograd import DTYPES, check_cu_seqlens, check_padding, plain_sru_layer, sru_layer
-from .backend import INSTEAD_OF_TORCHSCRIPT, is_autocast, is_exporting, may_look, state_dtype, takes_shortcuts
+from .autograd import DTYPES, check_cu_seqlens, check_dtype, check_padding, plain_sru_layer, sru_layer
+from .backend import (
+    INSTEAD_OF_TORCHSCRIPT,
+    is_autocast,
+    is_exporting,
+    is_plain,
+    may_look,
+    state_dtype,
+    takes_shortcuts,
+)
 from .padding import Padding, compute_packed, compute_padded, is_on_host
 from .products import product
 from .recurrence import DROPOUT_PLACEMENTS, NO_SKIP, NONLINEARITIES, SKIP_INPUT, SKIP_PROJECTED
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(at_least: int = 1, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, numbers.Integral) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        if size < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {size}")
 
 
 def check_flags(**flags: bool) -> None:
@@ -36,8 +44,18 @@ def check_flags(**flags: bool) -> None:
 
 def check_probabilities(**probabilities: float) -> None:
     for name, p in probabilities.items():
+        if not isinstance(p, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(p).__name__}")
         if not 0 <= p < 1:
             raise ValueError(f"{name} must be a probability in [0, 1), got {p}")
+
+
+def check_matches(input: Tensor, weight: Tensor) -> None:
+    """Refuse an input of another dtype than the parameters', unless autocast casts both. It leaves float64 alone."""
+    if input.dtype != weight.dtype and (
+        not is_autocast(input.device.type) or torch.float64 in (input.dtype, weight.dtype)
+    ):
+        raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
 
 
 def highway_scale(rescale: bool, highway_bias: float) -> float:
@@ -75,13 +93,11 @@ class _SRUBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if (given := dtype or torch.get_default_dtype()) not in DTYPES:
-            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {given}")
+        check_dtype("dtype", dtype or torch.get_default_dtype())
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_flags(bias=bias, bidirectional=bidirectional, highway=highway, rescale=rescale)
         check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout)
-        if projection_size < 0:
-            raise ValueError(f"projection_size must be at least 0, got {projection_size}")
+        check_sizes(at_least=0, projection_size=projection_size)
         if version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {version!r}")
         if nonlinearity is None:
@@ -156,20 +172,22 @@ class _SRUBase(nn.Module):
                     if hasattr(self, name):
                         bound = math.sqrt(3 / getattr(self, name).shape[1])
                         getattr(self, name).uniform_(-bound, bound)
+                if self.bias:
+                    bias = getattr(self, f"bias_l{i}")
+                    bias[:, 0].zero_()
+                    bias[:, 1].fill_(self.highway_bias)
+                if self.layer_norm:
+                    getattr(self, f"layer_norm_l{i}").reset_parameters()
+                if self.version == 1 and not (self.rescale and self._parts(i) == 4):
+                    continue  # without a view by sub-matrices, which a weight that is spread over devices may not have
                 weight = getattr(self, f"weight_l{i}").view(D, self._parts(i), H, -1)
                 if self.rescale and self._parts(i) == 4:
                     weight[:, 3] *= self._scale_x
-                if self.bias:
-                    bias = getattr(self, f"bias_l{i}")
-                    bias[:, 0] = 0
-                    bias[:, 1] = self.highway_bias
                 if self.version == 2:
                     getattr(self, f"weight_c_l{i}").uniform_(-math.sqrt(1.5), math.sqrt(1.5))
                     weight[:, 1:3] *= math.sqrt(0.5)
                     weight[:, 0] *= math.sqrt(1 - self.dropout) if i < self.num_layers - 1 else 1
                     weight *= math.sqrt(1 - self.rnn_dropout) * (0.1 if self.layer_norm else 1)
-                if self.layer_norm:
-                    getattr(self, f"layer_norm_l{i}").reset_parameters()
 
     def _layer(self, i: int, x: Tensor, B: int, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
         """Layer i of x, (L, B, in) or (total_steps, in): h, as x with D*H features, and c_n, (B, D*H)."""
@@ -213,7 +231,7 @@ class _SRUBase(nn.Module):
         """
         dtype, device, given = x.dtype, x.device, self._parameters
         if not (
-            takes_shortcuts(x)
+            takes_shortcuts(x, c)
             and (x.is_cpu or x.is_cuda)
             and not (self.training and (self.rnn_dropout or self.dropout))
             and not self._modules  # no layer normalisation, no parametrizations
@@ -229,7 +247,7 @@ class _SRUBase(nn.Module):
             a = given.get(name)  # not there if something else computes it
             if a is None or a.shape != shape or a.dtype is not dtype or a.device != device:
                 return False
-            if not a.is_contiguous() or a.is_neg():
+            if not is_plain(a) or not a.is_contiguous() or a.is_neg():
                 return False
         return True
 
@@ -281,8 +299,8 @@ class _SRUBase(nn.Module):
         weight: Tensor | None = self._parameters.get("weight_l0")  # as an attribute it takes half a microsecond
         if weight is None:  # something else computes it
             weight = cast(Tensor, self.weight_l0)
-        if input.dtype != weight.dtype and not is_autocast(input.device.type):
-            raise TypeError(f"input must be {weight.dtype} as the parameters are, got {input.dtype}")
+        check_dtype("input", input.dtype)
+        check_matches(input, weight)
         if input.device != weight.device:
             raise ValueError(f"input must be on {weight.device} as the parameters are, got {input.device}")
 
@@ -440,7 +458,8 @@ class SRU(_SRUBase):
             if lengths is not None or mask_pad is not None:
                 raise ValueError("cu_seqlens leaves no padding: expected lengths=None and mask_pad=None")
             # Checked and sent once for all layers.
-            cu_seqlens, _ = check_cu_seqlens(cu_seqlens, len(input), input.device, look=may_look(input))
+            look = may_look(input, cu_seqlens)
+            cu_seqlens, _ = check_cu_seqlens(cu_seqlens, len(input), input.device, look=look)
             return self._forward_layers(input, len(cu_seqlens) - 1, c_0, Padding(cu_seqlens=cu_seqlens))
         self._check_input(input, (2, 3))
         if mask_pad is not None and mask_pad.shape != input.shape[:-1]:
@@ -469,8 +488,8 @@ class SRU(_SRUBase):
             return self._forward_layers(x, B, c_0, Padding())
         on_host = [a for a in (lengths, mask_pad) if a is not None and is_on_host(a)]
         device = on_host[0].device if on_host else x.device
-        check_padding(lengths, mask_pad, L, B, device, look=may_look(x))
-        padding = Padding(lengths, mask_pad)
+        valid = check_padding(lengths, mask_pad, L, B, device, look=may_look(x, lengths, mask_pad))
+        padding = Padding(mask_pad=valid) if lengths is None else Padding(lengths=valid)
         return compute_padded(lambda x, c, padding: self._forward_layers(x, B, c, padding), x, c_0, padding)
 
     def _forward_packed_sequence(self, input: PackedSequence, c_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
@@ -487,6 +506,7 @@ class SRU(_SRUBase):
             return None
         if not isinstance(c_0, Tensor):
             raise TypeError(f"c_0 must be a Tensor (an SRU has one state, not LSTM's two), got {type(c_0).__name__}")
+        check_dtype("c_0", c_0.dtype)
         n, H = self.num_layers * self.num_directions, self.hidden_size
         expected = (n, H) if B is None else (n, B, H)
         if c_0.shape != expected:
@@ -508,7 +528,7 @@ class SRU(_SRUBase):
         for i in range(n):
             x, c = self._plain_layer(i, x, states[i]) if plain else self._layer(i, x, B, states[i], padding)
             final.append(c.unsqueeze(0) if D == 1 else c.view(B, D, H).transpose(0, 1))
-        return x, final[0] if n == 1 else torch.cat(final)
+        return x, final[0] if n == D == 1 else torch.cat(final)
 
 
 class SRUCell(_SRUBase):
@@ -573,6 +593,7 @@ class SRUCell(_SRUBase):
         if c is not None:
             if not isinstance(c, Tensor):
                 raise TypeError(f"c must be a Tensor (an SRU has one state, not LSTM's two), got {type(c).__name__}")
+            check_dtype("c", c.dtype)
             expected = (x.shape[0], self.hidden_size) if batched else (self.hidden_size,)
             if c.shape != expected:
                 raise ValueError(f"c must have shape {expected}, got {tuple(c.shape)}")

@@ -85,7 +85,7 @@ Layers = Callable[[Tensor, Tensor | None, Padding], tuple[Tensor, Tensor]]
 def compute_padded(layers: Layers, x: Tensor, c_0: Tensor | None, padding: Padding) -> tuple[Tensor, Tensor]:
     """`layers` of x, (L, B, features), with `lengths` or `mask_pad`; valid steps alone if these are on the host."""
     L, B, _ = x.shape
-    known = next((a for a in padding if a is not None and is_on_host(a)), None) if may_look(x) else None
+    known = next((a for a in padding if a is not None and is_on_host(a)), None) if may_look(x, *padding) else None
     if known is None:
         if padding.mask_pad is not None:
             padding = Padding(mask_pad=padding.mask_pad.to(x.device))

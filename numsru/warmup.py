@@ -16,15 +16,16 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
     """Compile all kernels that calls of `module(*args, **kwargs)` need, so that no such call has to wait for them.
 
     The module is copied and the copy run with gradients and without, in training and in evaluation mode. The module
-    itself, its gradients and the state of the random generators are left as they are. Do this before a stream is
-    captured in a CUDA graph: nothing can be compiled while it is.
+    itself, its gradients and the state of the random generators are left as they are. In inference mode, and with
+    tensors made there, the copy runs without gradients alone. Do this before a stream is captured in a CUDA graph:
+    nothing can be compiled while it is.
 
     Which kernels a call needs depends on options and dtypes, on which arguments are there and, on a GPU, roughly on
     the sizes. On a CPU compiled kernels are kept on disk for later processes.
 
     Args:
         module: What is going to be called: an :class:`numsru.SRU`, or a model with some inside. Default: all that
-            `numsru.SRU` needs on the CPU for float32, without options other than `version` and padding.
+            `numsru.SRU` needs in eager code on the CPU for float32, without options other than `version` and padding.
         args, kwargs: Arguments of such a call.
 
     Raises:
@@ -48,11 +49,14 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         raise TypeError("expected a module in front of the arguments of its call")
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     copied = copy.deepcopy(module)
+    inferred = torch.is_inference_mode_enabled() or any(a.is_inference() for a in _tensors([args, kwargs]))
     with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
         for training in (True, False):
             copied.train(training)
             with torch.no_grad():
                 copied(*args, **kwargs)
+            if inferred:
+                continue
             with torch.enable_grad():
                 outputs = [a for a in _tensors(copied(*args, **kwargs)) if a.requires_grad]
             inputs = [a for a in (*copied.parameters(), *_tensors([args, kwargs])) if a.requires_grad]

@@ -193,7 +193,7 @@ def test_lengths_changed_after_forward_do_not_reach_backward():
     torch.testing.assert_close(received, expected, rtol=0, atol=0)
 
 
-def test_other_devices_go_to_the_reference():
+def test_the_meta_device_knows_all_shapes():
     u = torch.empty(5, 2, 1, 3, 4, device="meta")
     h, c_n = sru_recurrence(u, torch.empty(5, 2, 4, device="meta"), None)
     assert (h.shape, c_n.shape) == ((5, 2, 4), (2, 4))

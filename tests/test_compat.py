@@ -387,6 +387,15 @@ def test_damaged_checkpoint_is_refused(change, message):
         SRU(5, 4).load_state_dict(checkpoint)
 
 
+@pytest.mark.parametrize("v1", [True, False])
+def test_a_checkpoint_of_1_x_fills_a_module_of_the_meta_device(v1):
+    given, x = randomize(SRU(5, 4, v1=True)), normal(3, 2, 5)
+    with torch.device("meta"):
+        rnn = SRU(5, 4, v1=v1)
+    rnn.load_state_dict(compat.convert_state_dict(given.state_dict(), to="sru-1"), assign=True)
+    assert_same(rnn(x), given(x))
+
+
 def test_recurrent_weights_are_refused_by_version_1():
     with pytest.raises(RuntimeError, match=r"rnn_lst.0.weight_c is not 0, as it must be with v1=True"):
         SRU(5, 4, v1=True).load_state_dict(SRU(5, 4).state_dict())
@@ -1025,6 +1034,8 @@ def test_importing_numsru_does_not_import_compat():
         ({"custom_m": nn.Identity(), "transform_module": nn.Identity()}, ValueError, "custom_m and transform_module"),
         ({"custom_m": [nn.Identity()]}, ValueError, "custom_m must have one item for each of the 2 layers, got 1"),
         ({"projection_size": [2] * 3}, ValueError, "projection_size must have one item for each of the 2 layers"),
+        ({"projection_size": -2}, ValueError, "projection_size must be at least 0, got -2"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a number, got str"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -1045,10 +1056,25 @@ X = torch.zeros(3, 2, 5)
         ((X, (X, X)), TypeError, "c0 must be a Tensor .*got tuple"),
         ((X, torch.zeros(4, 2, 4)), ValueError, r"c0 must have shape \(2, 2, 8\), got \(4, 2, 4\)"),
         ((X, None, [0, 0]), TypeError, "mask_pad must be a Tensor, got list"),
+        ((X.double(),), TypeError, "input must be torch.float32 as the parameters are, got torch.float64"),
+        ((X.long(),), TypeError, "input must be float32, float64, float16 or bfloat16, got torch.int64"),
+        ((X, torch.zeros(2, 2, 8).long()), TypeError, "c0 must be float32, .*, got torch.int64"),
         ((X, None, torch.zeros(2, 3)), ValueError, r"mask_pad must have shape \(3, 2\), got \(2, 3\)"),
         ((pack_padded_sequence(X, [3, 3]), None, torch.zeros(3, 2)), ValueError, "brings its own lengths"),
     ],
-    ids=["list", "one dimension", "features", "two states", "states of torch", "mask list", "mask shape", "packed"],
+    ids=[
+        "list",
+        "one dimension",
+        "features",
+        "two states",
+        "states of torch",
+        "mask list",
+        "float64",
+        "integers",
+        "state of integers",
+        "mask shape",
+        "packed",
+    ],
 )
 def test_wrong_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):

@@ -63,6 +63,12 @@ def train_in_parallel(rank, rendezvous, folder):
     fully_shard(model, mesh=mesh)
     model(x[:, rows], lengths[rows]).mean().backward()
     results["fully_shard"] = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+
+    for bias in (True, False):
+        rnn = SRU(6, 4, 2, bias=bias, highway_bias=-1.0, layer_norm="pre", device="meta")
+        fully_shard(rnn, mesh=mesh)
+        rnn.to_empty(device="cpu").reset_parameters()
+        results[f"drawn, bias={bias}"] = {n: p.detach().full_tensor() for n, p in rnn.named_parameters()}
     if rank == 0:
         torch.save(results, f"{folder}/gradients.pt")
     dist.destroy_process_group()
@@ -80,6 +86,20 @@ def test_two_processes_have_the_gradients_of_one(parallel_gradients, way):
     if way == "fully_shard" and torch.__version__.startswith("2.8."):
         pytest.skip("torch 2.8 adds up what processes without a GPU should average")
     torch.testing.assert_close(parallel_gradients[way], expected_gradients(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_in_parts_are_drawn_anew(parallel_gradients, bias):
+    drawn = parallel_gradients[f"drawn, bias={bias}"]
+    assert drawn.keys() == dict(SRU(6, 4, 2, bias=bias, layer_norm="pre").named_parameters()).keys()
+    for name, value in drawn.items():
+        if name.startswith("bias"):
+            assert value.tolist() == [[[0.0] * 4, [-1.0] * 4]]
+        elif "norm" in name:
+            assert (value == name.endswith("weight")).all()
+        else:
+            bound = (3 / value.shape[1]) ** 0.5
+            assert 0.8 * bound < value.abs().max() <= bound
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -107,6 +107,12 @@ def test_shapes_are_those_of_gru(name, L, B):
     assert tuple(a.shape for a in make(name)(torch.randn(L, B, 6, dtype=F64))) == expected
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_results_are_contiguous_as_those_of_gru(layers):
+    for a in SRU(6, 4, layers, bidirectional=True)(torch.randn(5, 3, 6)):
+        assert a.is_contiguous()
+
+
 def test_empty_sequence_returns_the_initial_state():
     c_0 = torch.randn(4, 3, 4, dtype=F64)
     output, c_n = make("bidirectional")(torch.zeros(0, 3, 6, dtype=F64), c_0)
@@ -164,7 +170,10 @@ def test_packed_output_has_the_layout_of_gru():
         torch.testing.assert_close(getattr(received, field), getattr(expected, field))
 
 
-@pytest.mark.parametrize("lengths", [torch.tensor([7, 0, 3]), torch.tensor([7, 0, 3], dtype=torch.int32), [7, 0, 3]])
+@pytest.mark.parametrize(
+    "lengths",
+    [*(torch.tensor([7, 0, 3], dtype=dtype) for dtype in (torch.int64, torch.int32, torch.uint64)), [7, 0, 3]],
+)
 def test_lengths_equal_a_mask(lengths):
     rnn, x = make("bidirectional"), torch.randn(7, 3, 6, dtype=F64)
     mask_pad = torch.arange(7)[:, None] >= torch.tensor([7, 0, 3])
@@ -423,6 +432,15 @@ def test_autocast_leaves_float64_alone():
     torch.testing.assert_close(output, rnn(x)[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("x", "parameters"), [(F64, torch.float32), (torch.float32, F64)], ids=str)
+def test_autocast_does_not_mix_with_float64(x, parameters):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=f"input must be {parameters} as the parameters are, got {x}"),
+    ):
+        SRU(6, 4).to(parameters)(torch.zeros(7, 3, 6, dtype=x))
+
+
 def test_autocast_accepts_what_other_layers_give_in_16_bits():
     rnn, x = SRU(6, 6, 2), torch.randn(5, 2, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -474,6 +492,8 @@ CONSTRUCTOR_ERRORS = {
     "placement": ({"dropout_placement": "x"}, ValueError, "dropout_placement must be one of .*, got 'x'"),
     "layer_norm": ({"layer_norm": True}, ValueError, "layer_norm must be one of None, 'pre', 'post', got True"),
     "projection_size": ({"projection_size": -1}, ValueError, "projection_size must be at least 0, got -1"),
+    "size of a projection": ({"projection_size": 2.0}, TypeError, "projection_size must be an int, got float"),
+    "dropout in a string": ({"dropout": "0.1"}, TypeError, "dropout must be a number, got str"),
     "dtype": ({"dtype": torch.complex64}, TypeError, "dtype must be float32, float64, float16 or bfloat16, got .*64"),
 }
 
@@ -491,10 +511,20 @@ FORWARD_ERRORS = {
     "4 dimensions": ((torch.zeros(1, 7, 3, 6),), {}, ValueError, "input must have 2 or 3 dimensions"),
     "features": ((torch.zeros(7, 3, 5),), {}, ValueError, r"input_size = 6 features .*\(7, 3, 5\)"),
     "dtype": ((X.double(),), {}, TypeError, "input must be torch.float32 as the parameters are, got torch.float64"),
+    "integers": ((X.long(),), {}, TypeError, "input must be float32, float64, float16 or bfloat16, got torch.int64"),
+    "complex c_0": ((X, torch.zeros(2, 3, 4) * 1j), {}, TypeError, "c_0 must be float32, .*, got torch.complex64"),
+    "c_0 of integers": ((X, torch.zeros(2, 3, 4).long()), {}, TypeError, "c_0 must be float32, .*, got torch.int64"),
+    "c_0 in float64": ((X, torch.zeros(2, 3, 4).double()), {}, TypeError, "c_0 must be torch.float32 as the input is"),
     "device": ((X.to("meta"),), {}, ValueError, "input must be on cpu as the parameters are, got meta"),
     "c_0": ((X, torch.zeros(1, 3, 4)), {}, ValueError, r"c_0 must have shape \(2, 3, 4\), got \(1, 3, 4\)"),
     "LSTM's state": ((X, (X, X)), {}, TypeError, "not LSTM's two"),
     "lengths": ((X,), {"lengths": [7, 8, 1]}, ValueError, "between 0 and L = 7"),
+    "a length beyond int64": (
+        (X,),
+        {"lengths": torch.tensor([7, 1, 2**63], dtype=torch.uint64)},
+        ValueError,
+        "between 0 and L = 7",
+    ),
     "too many lengths": ((X,), {"lengths": [7, 1]}, ValueError, r"lengths must have shape \(3,\)"),
     "mask_pad": ((X,), {"mask_pad": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, r"\(7, 3\), got \(3, 7\)"),
     "mask_pad in a list": ((X,), {"mask_pad": [[True]]}, TypeError, "mask_pad must be a Tensor, got list"),
@@ -538,6 +568,7 @@ def test_bad_cu_seqlens_are_refused_with_input_dropout():
         ((torch.zeros(7, 3, 6),), ValueError, "input must have 1 or 2 dimensions"),
         ((torch.zeros(3, 6), torch.zeros(2, 4)), ValueError, r"c must have shape \(3, 4\), got \(2, 4\)"),
         ((torch.zeros(3, 6), [1.0]), TypeError, "c must be a Tensor .*, got list"),
+        ((torch.zeros(3, 6), torch.zeros(3, 4) * 1j), TypeError, "c must be float32, .*, got torch.complex64"),
     ],
 )
 def test_cell_error_says_what_was_expected(args, error, message):
@@ -737,7 +768,7 @@ def test_plain_layers_compute_what_all_do(monkeypatch, options, shape, state):
     if state == "other":  # of another layout, and with 16 bits of the dtype that states are kept in
         c_0 = c_0.to(autograd.state_dtype(c_0.dtype)).transpose(0, 2).contiguous().transpose(0, 2)
     received = _outputs_and_gradients(rnn, x, c_0)
-    monkeypatch.setattr(nn, "takes_shortcuts", lambda a: False)
+    monkeypatch.setattr(nn, "takes_shortcuts", lambda *a: False)
     expected = _outputs_and_gradients(rnn, x, c_0)
     for a, b in zip(received, expected, strict=True):
         assert a.dtype == b.dtype

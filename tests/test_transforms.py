@@ -9,6 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing._internal.two_tensor import TwoTensor
 
 import numsru
 from numsru import SRU, SRUCell, autograd, compat, nn, reference, sru_recurrence
@@ -218,17 +220,76 @@ def test_a_device_without_kernels_goes_to_the_reference(monkeypatch, rnn, paddin
     grad_h = torch.randn_like(output)
     expected_grads = torch.autograd.grad(output, list(rnn.parameters()), grad_h)
     monkeypatch.setattr(autograd, "_kernels", lambda device_type: None)
-    monkeypatch.setattr(nn, "takes_shortcuts", lambda a: False)  # only CPUs and CUDA devices have any
+    monkeypatch.setattr(nn, "takes_shortcuts", lambda *a: False)  # only CPUs and CUDA devices have any
     received = rnn(x, **given)
     torch.testing.assert_close(received, expected)
     received_grads = torch.autograd.grad(received[0], list(rnn.parameters()), grad_h)
     torch.testing.assert_close(received_grads, expected_grads)
 
 
-def test_the_meta_device_knows_all_shapes():
+@pytest.mark.parametrize("padding", ["none", "lengths", "lengths on the host", "mask_pad", "packed", "cu_seqlens"])
+def test_the_meta_device_knows_all_shapes(padding):
     rnn = SRU(6, 4, 2, bidirectional=True, layer_norm="post", projection_size=2, device="meta")
-    output, c_n = rnn(torch.empty(7, 3, 6, device="meta"), lengths=torch.empty(3, dtype=torch.int64, device="meta"))
-    assert (output.shape, c_n.shape) == ((7, 3, 8), (4, 3, 4))
+    x, lengths = torch.empty(7, 3, 6, device="meta"), torch.tensor([7, 3, 1])
+    args, named, output_shape = {
+        "none": ((x,), {}, (7, 3, 8)),
+        "lengths": ((x,), {"lengths": lengths.to("meta")}, (7, 3, 8)),
+        "lengths on the host": ((x,), {"lengths": lengths}, (7, 3, 8)),
+        "mask_pad": ((x,), {"mask_pad": torch.empty(7, 3, dtype=torch.bool, device="meta")}, (7, 3, 8)),
+        "packed": ((pack_padded_sequence(torch.empty(7, 3, 6), lengths).to("meta"),), {}, (11, 8)),
+        "cu_seqlens": ((x[:, 0],), {"cu_seqlens": torch.tensor([0, 2, 2, 7])}, (7, 8)),
+    }[padding]
+    output, c_n = rnn(*args, **named)
+    output = output.data if padding == "packed" else output
+    assert (output.shape, c_n.shape) == (output_shape, (4, 3, 4))
+    grads = torch.autograd.grad(output.sum(), list(rnn.parameters()))
+    assert [g.shape for g in grads] == [p.shape for p in rnn.parameters()]
+
+
+def two_of(a):
+    """A subclass of Tensor without memory of its own, that computes everything twice."""
+    return TwoTensor(a, a.clone())
+
+
+@pytest.mark.parametrize("name", ["weight_l0", "bias_l0"])
+def test_parameters_may_be_of_a_subclass_of_tensor(name):
+    rnn, x = SRU(6, 4), torch.randn(5, 3, 6)
+    (expected,) = torch.autograd.grad(rnn(x)[0].square().sum(), getattr(rnn, name))
+    setattr(rnn, name, torch.nn.Parameter(two_of(getattr(rnn, name).detach())))
+    rnn(x)[0].square().sum().backward()
+    received = getattr(rnn, name).grad
+    assert type(received) is TwoTensor
+    torch.testing.assert_close(received.a, expected)
+    torch.testing.assert_close(received.b, expected)
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "c_0", "weight_c", "mask_c"])
+def test_arguments_may_be_of_a_subclass_of_tensor(name):
+    args = {"u": torch.randn(5, 3, 1, 3, 4), "x": torch.randn(5, 3, 4), "bias": torch.randn(1, 2, 4)}
+    args |= {"c_0": torch.randn(3, 4), "weight_c": torch.randn(1, 2, 4), "mask_c": torch.rand(3, 4)}
+    expected, _ = sru_recurrence(**args)
+    received, _ = sru_recurrence(**args | {name: two_of(args[name])})
+    assert type(received) is TwoTensor
+    torch.testing.assert_close(received.a, expected, rtol=0, atol=0)
+
+
+def test_a_state_without_values_is_refused():
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        SRU(6, 4)(torch.randn(5, 3, 6), FakeTensorMode().from_tensor(torch.zeros(1, 3, 4)))
+
+
+def test_gradients_that_kernels_cannot_read_are_refused(rnn):
+    x = torch.randn(5, 3, 6, dtype=F64)
+    output, _ = rnn(x)
+    with pytest.raises(TypeError, match="gradients must be plain tensors as the outputs are, got TwoTensor"):
+        output.backward(two_of(torch.ones_like(output)))
+
+    def jacobian():
+        return torch.autograd.functional.jacobian(lambda x: rnn(x)[0], x, vectorize=True)
+
+    with pytest.raises(RuntimeError, match=r"no batched gradients .*: use torch.func.jacrev, .*'reference'"):
+        jacobian()
+    torch.testing.assert_close(with_reference(jacobian), torch.func.jacrev(lambda x: rnn(x)[0])(x))
 
 
 def test_fake_tensors_know_all_shapes(rnn):

@@ -79,6 +79,20 @@ def test_packed_sequences_may_be_passed():
     numsru.warmup(numsru.SRU(6, 4), pack_sequence([torch.randn(3, 6), torch.randn(1, 6)]))
 
 
+def test_nothing_is_compiled_after_it_in_inference_mode(compiled):
+    rnn = numsru.SRU(6, 4)
+    with torch.inference_mode():
+        x = torch.randn(5, 3, 6)
+        numsru.warmup(rnn, x)
+        assert compiled
+        compiled.clear()
+        rnn(x)
+        with torch.enable_grad():  # which has no effect there
+            assert not rnn(x)[0].requires_grad
+    numsru.warmup(rnn, x)
+    assert not compiled
+
+
 def test_arguments_need_a_module():
     with pytest.raises(TypeError, match="expected a module"):
         numsru.warmup(None, torch.randn(5, 3, 6))
