@@ -71,6 +71,7 @@ def train_in_parallel(rank, rendezvous, folder):
         results[f"drawn, bias={bias}"] = {n: p.detach().full_tensor() for n, p in rnn.named_parameters()}
     if rank == 0:
         torch.save(results, f"{folder}/gradients.pt")
+    dist.barrier()  # gloo aborts a process whose partner leaves while they still exchange something
     dist.destroy_process_group()
 
 
