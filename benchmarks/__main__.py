@@ -11,6 +11,11 @@ if __name__ == "__main__":
     os.environ.setdefault("NUMBA_NUM_THREADS", str(cores))
     os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # or compile times are those of reading a file
 
-    from .cli import main
+    try:
+        from .cli import main
 
-    sys.exit(main())
+        status = main()
+    except KeyboardInterrupt:  # while torch is imported; later, `main` says it
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

@@ -85,14 +85,18 @@ def _step(candidate: Tensor, gates: Tensor, x: Tensor, bias: Tensor, c: Tensor) 
 
 def tables(result: dict[str, Any]) -> str:
     """The result as text: ms of each step, and how many times as fast it is as the first."""
-    columns = [(e["point"], e["pass"]) for e in result["entries"]]
-    rows = []
-    for name in result["entries"][0]["times"]:
-        row = [name]
-        for e in result["entries"]:
-            times, ratios = e["times"], e["ratios"]
-            gain = ratios[RECURRENT] / ratios[name]
-            row.append(f"{report.number(times[name]['median'] * 1e3)} ({report.number(gain)})")
-        rows.append(row)
-    header = ["", *(f"{point}, {name}" for point, name in columns)]
-    return "ms (times as fast as the first row)\n\n" + report.table(header, rows)
+    entries = result["entries"]
+
+    def cell(e: dict[str, Any], name: str) -> str:
+        if name not in e["times"]:
+            return ""
+        gain = f" ({report.number(e['ratios'][RECURRENT] / e['ratios'][name])})" if RECURRENT in e["ratios"] else ""
+        return report.number(e["times"][name]["median"] * 1e3) + gain
+
+    names = dict.fromkeys(name for e in entries for name in e["times"])
+    header = ["", *(f"{e['point']}, {e['pass']}" for e in entries)]
+    text = "ms (times as fast as the first row)\n\n"
+    text += report.table(header, [[name, *(cell(e, name) for e in entries)] for name in names])
+    if reasons := report.could_not_run(entries):
+        text += f"\nCould not run:\n\n{reasons}"
+    return text

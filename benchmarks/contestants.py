@@ -58,7 +58,7 @@ def contestants(
         found.append(recurrent("nn.GRU", nn.GRU, point, settings))
     found += [convolution(k, point, settings) for k in (2, 3)]
     found += [product(route, rnn, point, settings) for route in products(settings.device)]
-    if _is_square(point):
+    if is_square(point):
         forms: dict[str, Callable[..., Tensor]] = {}
         if point.L <= LONG:  # a step is several launches: hopeless beyond
             forms["torch loop"] = loop
@@ -76,7 +76,7 @@ def contestants(
     return found
 
 
-def _is_square(point: Point) -> bool:
+def is_square(point: Point) -> bool:
     """Whether the forms below, of one layer and direction that reads as many numbers as it writes, compute it."""
     return point.num_layers == 1 and not point.bidirectional and point.input_size == point.hidden_size
 
@@ -337,7 +337,7 @@ def _error(a: Tensor, exact: Tensor) -> float:
 def _reference(point: Point, x: Tensor, parameters: list[Tensor]) -> Tensor:
     """numsru.SRU in plain torch; parameters are weight and bias of each layer in turn."""
     D, H = point.num_directions, point.hidden_size
-    if point.L > LONG and _is_square(
+    if point.L > LONG and is_square(
         point
     ):  # thousands of steps one after the other take too long; `scan` is tested against the reference
         (weight, bias) = parameters

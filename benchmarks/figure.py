@@ -53,4 +53,6 @@ def tables(result: dict[str, Any]) -> str:
         entries = [e for e in result["entries"] if e["pass"] == name]
         table = report.times_table(entries, "point", 1e3)
         parts.append(f"{name.capitalize()}: ms per batch (ratio to one layer of SRU)\n\n{table}")
+    if reasons := report.could_not_run(result["entries"]):
+        parts.append(f"Could not run:\n\n{reasons}")
     return "\n".join(parts)

@@ -67,15 +67,28 @@ def line(entry: dict[str, Any], base: str) -> str:
     return f"{entry['point']}, {entry['pass']}: {base} {number(median * 1e3)} ms; ratios: {others}"
 
 
+def could_not_run(entries: list[dict[str, Any]]) -> str:
+    """Who could not run and why, as a list; empty if all could."""
+    return "".join(sorted({f"- {name}: {reason}\n" for e in entries for name, reason in e["unavailable"].items()}))
+
+
 def provenance(result: dict[str, Any]) -> str:
-    """What was measured on and with, as a list."""
+    """What was measured on and with, how long and how often, as a list."""
     machine, settings = result["machine"], result["settings"]
     where = [f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}"]
     if "gpu" in machine:
         where.insert(0, f"{machine['gpu']['name']}, driver {machine['gpu']['driver']}")
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     threads = ", ".join(f"{name} {value}" for name, value in settings["threads"].items())
-    lines = ["; ".join(where), packages, f"{result['date']}; {settings['dtype']}; threads: {threads}"]
+    entries = [e for key in ("layers", "recurrence", "streaming", "entries") for e in result.get(key, [])]
+    fewest = min(times["samples"] for e in entries for times in e["times"].values())
+    how_long = "a trial (--small)" if settings["small"] else f"{settings['seconds']:g} seconds for each comparison"
+    lines = [
+        "; ".join(where),
+        packages,
+        f"{result['date']}; {settings['dtype']}; threads: {threads}",
+        f"{how_long}; each time is the median of at least {fewest} samples",
+    ]
     return "".join(f"- {line}\n" for line in lines)
 
 

@@ -157,7 +157,6 @@ def tables(result: dict[str, Any]) -> str:
     if compiled:
         parts += ["## torch.compile\n", report.table(["point", "pass", "form", "seconds to compile"], compiled)]
     everything = result["layers"] + result["recurrence"] + result["streaming"]
-    reasons = sorted({f"- {n}: {reason}" for e in everything for n, reason in e["unavailable"].items()})
-    if reasons:
-        parts += ["## Could not run\n", "\n".join(reasons) + "\n"]
+    if reasons := report.could_not_run(everything):
+        parts += ["## Could not run\n", reasons]
     return "\n".join(parts)

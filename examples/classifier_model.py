@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from common import InputError
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 class Recurrent(nn.Module):
@@ -26,8 +25,8 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         if self.kind == "sru":
             return self.rnn(x, lengths=lengths)[0]
-        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
-        return pad_packed_sequence(self.rnn(packed)[0])[0]
+        # Padding is behind all valid steps and reaches none of them. To pack it away takes longer than to compute it.
+        return self.rnn(x)[0]
 
 
 def recurrent_class(kind: str) -> Callable[..., nn.Module]:

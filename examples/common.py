@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import os
 import platform
 import re
@@ -92,6 +93,7 @@ def within(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
 
 
 positive = within(int, 1, 10**9)
+above_zero = within(float, 1e-30, math.inf)
 
 
 def machine() -> dict[str, str | int | None]:

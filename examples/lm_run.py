@@ -32,6 +32,10 @@ FREE = {"text", "data_dir", "device", "out", "restart", "checkpoint_every", "ten
 FREE |= {"generate", "prompt", "temperature"}
 
 
+class DivergedError(InputError):
+    """The loss is not finite."""
+
+
 def build_model(symbols: int, args: argparse.Namespace) -> LanguageModel:
     """The model of the arguments; sets `args.hidden` where `--parameters` decides it."""
     names = ("encoder", "hidden", "layers", "dropout", "rnn_dropout", "sru_version", "highway_bias")
@@ -223,7 +227,7 @@ class Run:
 
     def finite(self, loss: float) -> float:
         if not math.isfinite(loss):
-            raise InputError(f"the loss became {loss} before step {self.step}: try a smaller --lr")
+            raise DivergedError(f"the loss became {loss} before step {self.step}: try a smaller --lr")
         return loss
 
     def start_again(self, name: str) -> None:
@@ -272,7 +276,11 @@ class Run:
 
     def finish(self) -> float:
         """Mean loss of the best weights on the test text."""
-        self.model.load_state_dict(safetensors.load(self.weights.read_bytes()))
+        try:
+            self.model.load_state_dict(safetensors.load(self.weights.read_bytes()))
+        except Exception as error:  # of safetensors, of torch: there is no common class
+            reason = f"{self.weights} is damaged ({type(error).__name__})"
+            raise InputError(f"{reason}: begin anew with --restart") from None
         self.test_loss = mean_loss(self.model, self.corpus.test.to(self.processes.device), self.autocast)
         self.log(test_loss=self.test_loss)
         self.save_metrics()

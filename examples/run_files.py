@@ -37,7 +37,7 @@ def recorded(out: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
         found["best_dev_accuracy"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{out} holds files of another program: change --out, or delete the folder") from None
     return found
 

@@ -30,7 +30,17 @@ try:
     import torch
     import word_vectors
     from classifier_model import Classifier, Convolution, Recurrent
-    from common import InputError, choose_device, load_checkpoint, open_tensorboard, positive, versions, within, write
+    from common import (
+        InputError,
+        above_zero,
+        choose_device,
+        load_checkpoint,
+        open_tensorboard,
+        positive,
+        versions,
+        within,
+        write,
+    )
     from run_files import configuration, difference_of, draw_curves, is_finished, recorded
     from safetensors import torch as safetensors
     from sentence_data import Examples
@@ -63,9 +73,9 @@ class Task:
     vocabulary: list[str]
 
     def digest(self) -> int:
-        """A checksum of the training and development examples."""
-        crc = 0
-        for examples in (self.train, self.dev):
+        """A checksum of the vocabulary and of all examples."""
+        crc = zlib.crc32("\0".join(self.vocabulary).encode())
+        for examples in (self.train, self.dev, self.test):
             for values in (*examples.sequences, examples.labels):
                 crc = zlib.crc32(values.numpy(), crc)
         return crc
@@ -207,7 +217,7 @@ class Run:
                 progress.set_postfix(loss=f"{total / seen:.4f}", accuracy=f"{correct / seen:.4f}", refresh=False)
         if not math.isfinite(total):
             self.checkpoint.unlink(missing_ok=True)  # nothing to go on with
-            raise InputError(f"the loss became {total} in epoch {epoch}: try a smaller --lr")
+            raise InputError(f"the loss became {total} in epoch {epoch}: try a smaller --lr and another --out")
         return total / seen, correct / seen
 
     @torch.no_grad()
@@ -313,8 +323,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=["sru", "lstm", "gru", "cnn"], default="sru", help="what reads the vectors [%(default)s]")
-    add("--layers", type=positive, default=2, metavar="N", help="layers of sru, lstm or gru [%(default)s]")
-    add("--sru-version", type=int, choices=[1, 2], default=1, help="equations of sru, of its first or second paper [1]")
+    add("--layers", type=positive, metavar="N", help="layers of sru, lstm or gru [2]")
+    add("--sru-version", type=int, choices=[1, 2], help="equations of sru, of its first or second paper [1]")
     text = "size of the encoder's state; in the cnn, maps of each of the widths 3, 4 and 5 [%(default)s]"
     add("--hidden", type=positive, default=128, metavar="N", help=text)
     add("--embed", type=positive, metavar="N", help="size of the embedding [that of the vectors; without them: 300]")
@@ -332,11 +342,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=32, metavar="N", help="sequences per step [%(default)s]")
     add("--optimizer", choices=["adam", "adamw", "sgd"], default="adam", help="[%(default)s]")
     add("--lr", type=within(float, 0, math.inf), default=1e-3, help="learning rate [%(default)s]")
-    add("--momentum", type=within(float, 0, 1), default=0.9, metavar="M", help="momentum of sgd [%(default)s]")
+    add("--momentum", type=within(float, 0, 1), metavar="M", help="momentum of sgd [0.9]")
     add("--weight-decay", type=within(float, 0, math.inf), default=0.0, metavar="W", help="[%(default)s]")
     text = "update the vectors of the words in a batch only, by SparseAdam without clipping or weight decay: faster"
     add("--sparse", action="store_true", help=text)
-    add("--clip", type=within(float, 0, math.inf), default=5.0, help="largest norm of the gradient [%(default)s]")
+    add("--clip", type=above_zero, default=5.0, help="largest norm of the gradient [%(default)s]")
     add("--tensorboard", action="store_true", help="write the curves for TensorBoard, too, to --out/tensorboard")
     text = "go on with the unfinished run in --out, if there is one, as if it had never been interrupted"
     add("--resume", action="store_true", help=text)
@@ -349,6 +359,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.dropout = 0.3 if args.dataset == "digits" else 0.5
     if args.dataset == "digits" and (args.sparse or args.vectors or args.freeze):
         parser.error("--vectors, --freeze and --sparse are for words: choose a --dataset of sentences")
+    for given, used, of in (
+        ("layers", args.encoder != "cnn", "sru, lstm and gru"),
+        ("sru_version", args.encoder == "sru", "sru"),
+        ("momentum", args.optimizer == "sgd", "sgd"),
+        ("vectors_name", args.vectors is not None, "--vectors"),
+    ):
+        if getattr(args, given) is not None and not used:
+            parser.error(f"--{given.replace('_', '-')} is for {of}: leave it out")
+    for name, value in (("layers", 2), ("sru_version", 1), ("momentum", 0.9)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.sparse and args.freeze:
         parser.error("--sparse trains the embedding, --freeze does not: leave one of them out")
     if args.embed is None and not args.vectors:

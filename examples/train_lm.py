@@ -28,7 +28,7 @@ try:
     import processes
     import text_data
     import torch
-    from common import InputError, positive, within
+    from common import InputError, above_zero, positive, within
     from language_model import LanguageModel, count_parameters, sample
     from lm_run import FREE, PRECISIONS, Run, build_model, figure_of, name_of_figure
     from safetensors import torch as safetensors
@@ -142,9 +142,13 @@ def tell_what_is_kept(run: Run) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     probability, number = within(float, 0, 0.99), within(float, 0, math.inf)
+
+    def temperature(text: str) -> float:
+        return 0.0 if float(text) == 0 else within(float, 0.001, 1000)(text)
+
     add = parser.add_argument_group("data").add_argument
-    text = "python: help texts that come with Python; ptb: the Penn Treebank [%(default)s]"
-    add("--dataset", choices=["python", "ptb"], default="python", help=text)
+    text = "python: help texts that come with Python; ptb: the Penn Treebank [python]"
+    add("--dataset", choices=["python", "ptb"], help=text)
     add("--text", type=Path, metavar="FILE", help="any text in UTF-8; its last tenth is for validation and test")
     text = "folder with PTB/ptb.train.txt and so on [environment variable NUMSRU_DATA]"
     add("--data-dir", default=os.environ.get("NUMSRU_DATA"), type=Path, metavar="DIR", help=text)
@@ -154,16 +158,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=["sru", "lstm", "gru"], default="sru", help="what reads the text [%(default)s]")
     add("--layers", type=positive, default=3, metavar="N", help="layers of the encoder [%(default)s]")
-    add("--hidden", type=positive, default=192, metavar="N", help="units of a layer and of the embedding [%(default)s]")
+    add("--hidden", type=positive, metavar="N", help="units of a layer and of the embedding [192]")
     text = "choose --hidden for this size of the model: the largest multiple of 4 with at most N parameters. The same "
     add("--parameters", type=positive, metavar="N", help=f"{text}N for two encoders makes them comparable")
     text = "dropout probability after the embedding, between layers and before the output [%(default)s]"
     add("--dropout", type=probability, default=0.1, metavar="P", help=text)
     text = "dropout probability of the input of each layer's matrix products [%(default)s]"
     add("--rnn-dropout", type=probability, default=0.0, metavar="P", help=text)
-    add("--sru-version", type=int, choices=[1, 2], default=2, help="2: the SRU's gates see its state [%(default)s]")
-    text = "first bias of the SRU's reset gate: the lower, the more passes a layer unchanged [%(default)s]"
-    add("--highway-bias", type=float, default=-3.0, metavar="X", help=text)
+    add("--sru-version", type=int, choices=[1, 2], help="2: the SRU's gates see its state [2]")
+    text = "first bias of the SRU's reset gate: the lower, the more passes a layer unchanged [-3]"
+    add("--highway-bias", type=float, metavar="X", help=text)
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, default=8, metavar="N", help="passes over the text [%(default)s]")
@@ -177,7 +181,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--schedule", choices=["cosine", "constant"], default="cosine", help=text)
     add("--warmup", type=within(int, 0, 10**9), default=100, metavar="N", help="steps to reach --lr in [%(default)s]")
     add("--weight-decay", type=number, default=0.0, metavar="X", help="[%(default)s]")
-    add("--clip", type=number, default=1.0, help="largest norm of the gradient [%(default)s]")
+    add("--clip", type=above_zero, default=1.0, help="largest norm of the gradient [%(default)s]")
     text = "fp32, or matrix products in bf16 or fp16 (with scaled gradients) [%(default)s]"
     add("--precision", choices=list(PRECISIONS), default="fp32", help=text)
     add("--seed", type=within(int, 0, 2**63 - 1), default=0, help="same seed, same result [%(default)s]")
@@ -196,8 +200,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--generate", type=positive, metavar="N", help="train nothing; let the model in --out write N symbols")
     add("--prompt", default="", metavar="TEXT", help="what the written text begins with [the start of a line]")
     text = "below 1: likelier and more alike; above 1: wilder [%(default)s]"
-    add("--temperature", type=number, default=0.7, metavar="X", help=text)
+    add("--temperature", type=temperature, default=0.7, metavar="X", help=text)
     args = parser.parse_args(argv)
+    for given, used, reason in (
+        ("dataset", args.text is None, "--text is one"),
+        ("hidden", args.parameters is None, "--parameters decides it"),
+        ("sru_version", args.encoder == "sru", "it is for sru"),
+        ("highway_bias", args.encoder == "sru", "it is for sru"),
+    ):
+        if getattr(args, given) is not None and not used:
+            parser.error(f"leave --{given.replace('_', '-')} out: {reason}")
+    for name, value in (("dataset", "python"), ("hidden", 192), ("sru_version", 2), ("highway_bias", -3.0)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.level is None:
         args.level = "word" if args.dataset == "ptb" and args.text is None else "char"
     if args.out is None:

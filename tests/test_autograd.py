@@ -7,7 +7,7 @@ from cases import Case, assert_agrees, run_and_grads
 from official import NAMES, load, run_official
 
 import numsru
-from numsru import sru_recurrence
+from numsru import autograd, cpu_kernels, sru_recurrence
 
 # Odd sizes; every option at least once with every other that it could disturb.
 GRADCHECK = [
@@ -275,3 +275,38 @@ def test_upstream_gradients_may_be_negative_views():
     expected = torch.autograd.grad(outputs, u, [-grad_h, -grad_c_n], retain_graph=True)
     found = torch.autograd.grad(outputs, u, [torch._neg_view(grad_h), torch._neg_view(grad_c_n)])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", numsru.backend.BACKENDS)
+def test_states_of_16_bits_are_float32_though_there_is_no_step(backend):
+    with numsru.use_backend(backend):
+        h, c_n = sru_recurrence(torch.zeros(0, 2, 1, 3, 5, dtype=BF16), c_0=torch.ones(2, 5, dtype=BF16))
+    assert (h.dtype, c_n.dtype) == (BF16, torch.float32)
+
+
+@pytest.mark.parametrize("backend", numsru.backend.BACKENDS)
+@pytest.mark.parametrize(("version", "nonlinearity"), [(1, "tanh"), (2, "identity")])
+def test_nonlinearity_is_by_default_that_of_the_version(version, nonlinearity, backend):
+    u, weight_c = 3 * torch.randn(4, 2, 1, 3, 5), torch.randn(1, 2, 5) if version == 2 else None
+    with numsru.use_backend(backend):
+        expected = sru_recurrence(u, weight_c=weight_c, nonlinearity=nonlinearity)
+        torch.testing.assert_close(sru_recurrence(u, weight_c=weight_c), expected, rtol=0, atol=0)
+
+
+def test_states_are_kept_only_for_a_gradient(monkeypatch):
+    kept, forward = [], cpu_kernels.forward
+    monkeypatch.setattr(cpu_kernels, "forward", lambda options, *args: kept.append(options) or forward(options, *args))
+    u = torch.randn(4, 2, 1, 3, 5)
+    sru_recurrence(u)
+    sru_recurrence(u, bias=torch.zeros(1, 2, 5, requires_grad=True))
+    with torch.no_grad():
+        sru_recurrence(u.requires_grad_())
+    assert [options.save_c for options in kept] == [False, True, False]
+
+
+@pytest.mark.parametrize(("cu_seqlens", "longest"), [([0], 0), ([0, 0], 0), ([0, 2, 7, 8], 5)])
+def test_the_longest_of_sequences_end_to_end_is_known(cu_seqlens, longest):
+    total_steps = cu_seqlens[-1]
+    assert autograd.check_cu_seqlens(torch.tensor(cu_seqlens), total_steps, torch.device("cpu"))[1] == longest
+    h, c_n = sru_recurrence(torch.zeros(total_steps, 1, 3, 5), cu_seqlens=torch.tensor(cu_seqlens))
+    assert (len(h), len(c_n)) == (total_steps, len(cu_seqlens) - 1)

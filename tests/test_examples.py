@@ -277,6 +277,30 @@ def test_early_stopping_keeps_the_best_weights(capsys, monkeypatch, tmp_path):
     assert metrics["test_accuracy"] == 0.9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoder", "cnn", "--layers", "2"], "--layers is for sru, lstm and gru: leave it out"),
+        (["--encoder", "lstm", "--sru-version", "2"], "--sru-version is for sru: leave it out"),
+        (["--momentum", "0.5"], "--momentum is for sgd: leave it out"),
+        (["--dataset", "mr", "--vectors-name", "glove"], "--vectors-name is for --vectors: leave it out"),
+        (["--clip", "0"], "argument --clip: expected 1e-30 to inf, got 0"),
+    ],
+)
+def test_option_without_effect_is_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        train_classifier.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_digest_tells_data_apart(split):
+    task = train_classifier.load_task(train_classifier.parse_arguments([]))
+    before = task.digest()
+    getattr(task, split).labels[0] += 1
+    assert task.digest() != before
+
+
 def test_infinite_loss_is_one_line(capsys, tmp_path):
     assert train_classifier.main([*SMALL, "--encoder", "gru", "--lr", "inf", "--out", str(tmp_path)]) == 2
     assert "try a smaller --lr" in capsys.readouterr().err

@@ -350,6 +350,32 @@ def test_run_of_another_text_is_one_line(capsys, text_file, tmp_path):
     assert "holds a run of another text" in error_of(capsys, *argv)
 
 
+@pytest.mark.parametrize("change", [str.upper, lambda text: text[:-40] + text[-40:].swapcase()], ids=["all", "test"])
+def test_checksum_tells_texts_apart(change):
+    def checksum(text):
+        return text_data.encode(text_data.split(text), "word").checksum
+
+    assert checksum(TEXT) == checksum(str(TEXT))
+    assert checksum(change(TEXT)) != checksum(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoder", "lstm", "--sru-version", "1"], "leave --sru-version out: it is for sru"),
+        (["--encoder", "gru", "--highway-bias", "0"], "leave --highway-bias out: it is for sru"),
+        (["--parameters", "9000", "--hidden", "8"], "leave --hidden out: --parameters decides it"),
+        (["--dataset", "ptb", "--text", "x"], "leave --dataset out: --text is one"),
+        (["--clip", "0"], "argument --clip: expected 1e-30 to inf, got 0"),
+        (["--temperature", "inf"], "argument --temperature: expected 0.001 to 1000, got inf"),
+    ],
+)
+def test_option_without_effect_is_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        train_lm.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
 def test_broken_checkpoint_is_one_line(capsys, tmp_path, content):
     (tmp_path / "checkpoint.pt").write_bytes(content)
@@ -510,7 +536,7 @@ def test_unusable_device_is_one_line(capsys, device):
 
 
 def test_too_few_parameters_is_one_line(capsys, tmp_path):
-    assert "the smallest model has" in error_of(capsys, *SMALL, "--parameters", "10", "--out", tmp_path)
+    assert "the smallest model has" in error_of(capsys, "--device", "cpu", "--parameters", "10", "--out", tmp_path)
 
 
 def test_lstm_that_a_cpu_cannot_compute_in_16_bits_is_one_line(capsys, monkeypatch, tmp_path):
@@ -644,8 +670,8 @@ def test_documented_command_runs(monkeypatch, capsys, tmp_path, data_dir, text_f
         argv += ["--epochs", "1", "--parameters", "4000", "--out", str(tmp_path / "results")]
         assert language_modelling.main(argv) == 0
         return
-    small = ["--epochs", "1", "--limit", "1000", "--layers", "1", "--hidden", "8", "--device", "cpu", "--warmup", "1"]
-    small += ["--parameters", "4000"] if "--parameters" in argv else []
+    small = ["--epochs", "1", "--limit", "1000", "--layers", "1", "--device", "cpu", "--warmup", "1"]
+    small += ["--parameters", "4000"] if "--parameters" in argv else ["--hidden", "8"]
     if "--generate" in argv:
         # The command before it on the page has trained the model.
         out = argv[argv.index("--out") :] if "--out" in argv else []
@@ -663,21 +689,24 @@ def test_experiment_goes_on_where_it_was(capsys, monkeypatch, tmp_path, data_dir
     argv = ["--data-dir", str(data_dir), "--epochs", "2", "--parameters", "4000"]
     argv += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     trained = []
-    main = train_lm.main
+    train = train_lm.train
 
     def interrupted(arguments):
         trained.append(arguments)
-        return 130 if len(trained) == 3 else main(arguments)
+        return 130 if len(trained) == 3 else train(arguments)
 
-    monkeypatch.setattr(language_modelling, "LEARNING_RATES", (0.01, 0.02))
-    monkeypatch.setattr(train_lm, "main", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        language_modelling.main(argv)
+    monkeypatch.setattr(language_modelling, "LEARNING_RATES", (0.01, 0.02, math.inf))
+    monkeypatch.setattr(train_lm, "train", interrupted)
+    assert language_modelling.main(argv) == 130
+    assert "interrupted" in capsys.readouterr().out
     assert language_modelling.main(argv) == 0
-    assert len(trained) == 5
-    assert trained[2] == trained[3]
+    assert "sru-inf: the loss became nan before step 1: try a smaller --lr" in capsys.readouterr().err
+    assert len(trained) == 7
+    assert trained[2].out == trained[3].out
     assert language_modelling.main(argv) == 0
-    assert len(trained) == 5
+    assert len(trained) == 9  # those that diverged alone
+    assert language_modelling.main([*argv, "--epochs", "1"]) == 2
+    assert "holds a run of --epochs 2, not 1: change --runs" in capsys.readouterr().err
     measured = json.loads((tmp_path / "results" / "language_modelling.json").read_text())
     page = (tmp_path / "results" / "language_modelling.md").read_text()
     for encoder, run in measured["runs"].items():
@@ -685,6 +714,7 @@ def test_experiment_goes_on_where_it_was(capsys, monkeypatch, tmp_path, data_dir
         assert len(run["epochs"]) == 2
         assert f"| {encoder.upper()} | {run['arguments']['layers']} | {run['arguments']['hidden']} |" in page
         rates = measured["valid_and_test_perplexity_of_learning_rates"][encoder]
+        assert rates.pop("Infinity") is None
         assert str(run["arguments"]["lr"]) == min(rates, key=lambda rate: rates[rate][0])
     better = measured["runs"]["sru"]["test_loss"] < measured["runs"]["lstm"]["test_loss"]
     assert f"It {'holds' if measured['holds'] else 'does not hold'}**" in page
@@ -694,8 +724,7 @@ def test_experiment_goes_on_where_it_was(capsys, monkeypatch, tmp_path, data_dir
 
 def test_experiment_without_data_is_one_line(capsys, tmp_path):
     argv = ["--data-dir", str(tmp_path / "nowhere"), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="2"):
-        language_modelling.main(argv)
+    assert language_modelling.main(argv) == 2
     assert "error: there is no folder" in capsys.readouterr().err
 
 

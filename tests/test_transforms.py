@@ -42,10 +42,11 @@ def test_grad_of_a_functional_call_is_that_of_backward(rnn):
     torch.testing.assert_close(received, {name: p.grad for name, p in parameters.items()})
 
 
-def test_vmap_gives_the_gradients_of_each_sequence(rnn):
-    parameters, x = dict(rnn.named_parameters()), torch.randn(5, 3, 6, dtype=F64)
+@pytest.mark.parametrize("n", [1, 3])
+def test_vmap_gives_the_gradients_of_each_sequence(rnn, n):
+    parameters, x = dict(rnn.named_parameters()), torch.randn(5, n, 6, dtype=F64)
     received = vmap(grad(loss_of(rnn)), in_dims=(None, 1))(parameters, x)
-    alone = [grad(loss_of(rnn))(parameters, x[:, b]) for b in range(3)]
+    alone = [grad(loss_of(rnn))(parameters, x[:, b]) for b in range(n)]
     torch.testing.assert_close(received, {name: torch.stack([g[name] for g in alone]) for name in parameters})
 
 

@@ -20,9 +20,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 import train_lm  # noqa: E402
 from common import InputError, machine, png, positive, write  # noqa: E402
+from lm_run import DivergedError  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-ENCODERS = {"sru": ["--encoder", "sru", "--layers", "6"], "lstm": ["--encoder", "lstm", "--layers", "2"]}
+ENCODERS = {
+    "sru": ["--encoder", "sru", "--layers", "6", "--sru-version", "1", "--highway-bias", "-3"],
+    "lstm": ["--encoder", "lstm", "--layers", "2"],
+}
 LEARNING_RATES = (0.004, 0.008, 0.016)
 
 # Tao Lei et al., arXiv:1709.02755v1, language modelling: layers, parameters, valid and test perplexity after 300
@@ -33,49 +37,69 @@ PUBLISHED = {"sru": (6, 24_000_000, 63.4, 60.3, 28), "lstm": (2, 24_000_000, 73.
 def command(encoder: str, rate: float, args: argparse.Namespace) -> list[str]:
     """Arguments of train_lm.py that all runs share, but for their length."""
     common = ["--dataset", "ptb", "--parameters", str(args.parameters), "--batch-size", "20", "--bptt", "35"]
-    common += ["--dropout", "0.2", "--sru-version", "1", "--highway-bias", "-3", "--seed", "0", "--device", args.device]
+    common += ["--dropout", "0.2", "--seed", "0", "--device", args.device]
     if args.data_dir:
         common += ["--data-dir", str(args.data_dir)]
     return [*ENCODERS[encoder], "--lr", str(rate), *common]
 
 
-def finish(argv: list[str], out: Path) -> dict[str, Any]:
-    """Train, unless it is done already, and return what train_lm.py has written."""
+def finish(argv: list[str], out: Path) -> dict[str, Any] | None:
+    """Train, unless it is done already, and return what train_lm.py has written; None if the loss diverges."""
     metrics = out / "metrics.json"
     if not is_finished(metrics, argv):
         # The lines go to a file beside the run; progress bars and errors to stderr as always.
         out.mkdir(parents=True, exist_ok=True)
         print(f"{out}: training", flush=True)
         with (out / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-            status = train_lm.main([*argv, "--out", str(out)])
+            try:
+                status = train_lm.train(train_lm.parse_arguments([*argv, "--out", str(out)]))
+            except DivergedError as error:
+                print(f"{out}: {error}", file=sys.stderr)
+                return None
         if status:
-            sys.exit(status)
-    return json.loads(metrics.read_text(encoding="utf-8"))
+            raise KeyboardInterrupt  # which it has caught to keep what it has
+    return read(metrics)
+
+
+def read(metrics: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
+        found["test_loss"], found["arguments"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{metrics} is damaged: delete its folder, or change --runs") from None
+    return found
 
 
 def is_finished(metrics: Path, argv: list[str]) -> bool:
     """Whether a finished run of the same arguments is there."""
     if not metrics.is_file():
         return False
-    found = json.loads(metrics.read_text(encoding="utf-8"))
+    found = read(metrics)
     wanted = vars(train_lm.parse_arguments(argv))
     # With --parameters, the hidden size is what follows from it.
-    names = set(wanted) - train_lm.FREE - {"hidden"}
-    return found["test_loss"] is not None and all(found["arguments"].get(name) == wanted[name] for name in names)
+    for name in sorted(set(wanted) - train_lm.FREE - {"hidden"}):
+        if found["arguments"].get(name) != wanted[name]:
+            difference = f"--{name.replace('_', '-')} {found['arguments'].get(name)}, not {wanted[name]}"
+            raise InputError(f"{metrics.parent} holds a run of {difference}: change --runs")
+    return found["test_loss"] is not None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was measured."""
-    trained: dict[str, dict[float, dict[str, Any]]] = {encoder: {} for encoder in ENCODERS}
+    trained: dict[str, dict[float, dict[str, Any] | None]] = {encoder: {} for encoder in ENCODERS}
     for rate in LEARNING_RATES:
         for encoder, runs in trained.items():
             argv = [*command(encoder, rate, args), "--epochs", str(args.epochs)]
             runs[rate] = finish(argv, args.runs / f"{encoder}-{rate}")
-    results = {encoder: min(runs.values(), key=lambda run: run["best_valid_loss"]) for encoder, runs in trained.items()}
-    tried = {
-        encoder: {rate: [math.exp(run["best_valid_loss"]), math.exp(run["test_loss"])] for rate, run in runs.items()}
-        for encoder, runs in trained.items()
-    }
+    results, tried = {}, {}
+    for encoder, runs in trained.items():
+        finished = {rate: run for rate, run in runs.items() if run is not None}
+        if not finished:
+            raise InputError(f"{encoder} diverges at every learning rate")
+        results[encoder] = min(finished.values(), key=lambda run: run["best_valid_loss"])
+        tried[encoder] = dict.fromkeys(runs) | {
+            rate: [math.exp(run["best_valid_loss"]), math.exp(run["test_loss"])] for rate, run in finished.items()
+        }
     return {
         "machine": machine(),
         "valid_and_test_perplexity_of_learning_rates": tried,
@@ -150,7 +174,7 @@ def page(measured: dict[str, Any]) -> str:
         "| learning rate | SRU: valid | SRU: test | LSTM: valid | LSTM: test |",
         "| ---: |" + " ---: |" * 4,
         *(
-            f"| {rate} | " + " | ".join(f"{figure:.2f}" for e in ENCODERS for figure in rates[e][rate]) + " |"
+            f"| {rate} | " + " | ".join(pair_of_perplexities(of_rates[rate]) for of_rates in rates.values()) + " |"
             for rate in rates["sru"]
         ),
         "",
@@ -162,6 +186,11 @@ def page(measured: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join([*head, *rows, *published, *tail])
+
+
+def pair_of_perplexities(figures: list[float] | None) -> str:
+    """Two cells: valid and test perplexity."""
+    return "diverged | diverged" if figures is None else " | ".join(f"{figure:.2f}" for figure in figures)
 
 
 def perplexity(loss: float) -> str:
