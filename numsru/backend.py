@@ -98,8 +98,8 @@ def uses_reference() -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all have memory of their own, unlike most subclasses of Tensor."""
-    return _PLAIN.issuperset(map(type, tensors))
+    """Whether kernels can read them all."""
+    return PLAIN.issuperset(map(type, tensors))
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
@@ -122,12 +122,25 @@ def may_look(*tensors: Tensor | None) -> bool:
     return not (_is_watched(*tensors) or _is_transformed())
 
 
-def takes_shortcuts(*tensors: Tensor | None) -> bool:
-    """Whether kernels may be run on the memory of these tensors, past torch: nobody else has to see it."""
-    return may_look(*tensors) and _chosen.name == "auto" and forward_ad._current_level < 0 and _tracing_state() is None
+def takes_shortcuts(a: Tensor, state: Tensor | None) -> bool:
+    """Whether kernels may be run on the memory of these tensors, past torch: nobody else has to see it.
+
+    The questions above once more, in one function: this is asked at every call of a module.
+    """
+    return not (
+        is_compiling()
+        or type(a) not in PLAIN
+        or type(state) not in PLAIN
+        or _count_dispatch_modes() > 0
+        or _is_transformed()
+        or _chosen.name != "auto"
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+# Types of tensors that have memory of their own, unlike most subclasses of Tensor; and that of no tensor.
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor

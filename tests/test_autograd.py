@@ -304,7 +304,7 @@ def test_states_are_kept_only_for_a_gradient(monkeypatch):
     assert [options.save_c for options in kept] == [False, True, False]
 
 
-@pytest.mark.parametrize(("cu_seqlens", "longest"), [([0], 0), ([0, 0], 0), ([0, 2, 7, 8], 5)])
+@pytest.mark.parametrize(("cu_seqlens", "longest"), [([0], 0), ([0, 0], 0), ([0, 3], 3), ([0, 2, 7, 8], 5)])
 def test_the_longest_of_sequences_end_to_end_is_known(cu_seqlens, longest):
     total_steps = cu_seqlens[-1]
     assert autograd.check_cu_seqlens(torch.tensor(cu_seqlens), total_steps, torch.device("cpu"))[1] == longest
