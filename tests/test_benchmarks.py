@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numsru  # noqa: E402
-from benchmarks import ablation, cli, contestants, machine, points, report, sequential, timing  # noqa: E402
+from benchmarks import ablation, cli, contestants, figure, machine, points, report, sequential, speed, timing  # noqa: E402
 from benchmarks.contestants import MismatchError, loop, scan, sequential_layer  # noqa: E402
 from benchmarks.points import Point, square  # noqa: E402
 from benchmarks.timing import Settings  # noqa: E402
@@ -120,17 +121,13 @@ def test_figure_has_stacks_of_every_depth(device, tmp_path):
 
 
 @devices
-def test_ablation_puts_its_table_on_a_page(device, tmp_path):
-    page = page_for("ablation", tmp_path)
-    result, names = run("ablation", device, tmp_path / "out", "--page", str(page))
+def test_ablation_has_every_step(device, tmp_path):
+    result, names = run("ablation", device, tmp_path)
     assert {Path(name).suffix for name in names} == {".json", ".md", ".png"}
     assert_describes_its_machine(result, device)
     assert [e["pass"] for e in result["entries"]] == ["forward", "forward+backward"]
     for entry in result["entries"]:
         assert_complete(entry, {c.name for c in ablation.steps(points.SMALL[0], CPU)}, "numsru.SRU")
-
-    assert ablation.RECURRENT in text_between_markers("ablation", page)
-    assert page.with_suffix(".png").read_bytes().startswith(PNG)
 
 
 def page_for(command: str, folder: Path) -> Path:
@@ -152,11 +149,81 @@ def text_between_markers(command: str, page: Path) -> str:
     return text.removeprefix(start).removesuffix(end)
 
 
-@pytest.mark.parametrize("command", ["speed", "figure"])
-def test_tables_are_put_on_a_page(command, tmp_path):
+@pytest.fixture
+def tiny_grid(monkeypatch):
+    """The whole grid takes no longer than with --small."""
+    for name, tiny in (("CPU", points.SMALL), ("FIGURE", points.SMALL[:1]), ("STREAMING", points.SMALL_STREAMING)):
+        monkeypatch.setattr(points, name, tiny)
+    monkeypatch.setattr(speed, "measure_ceilings", lambda settings: timing.measure_ceilings(CPU))
+
+
+@pytest.mark.usefixtures("tiny_grid")
+@pytest.mark.parametrize("command", ["speed", "figure", "ablation"])
+def test_tables_of_the_grid_are_put_on_a_page(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "RESULTS", tmp_path / "results")
     page = page_for(command, tmp_path)
-    run(command, "cpu", tmp_path / "out", "--points", "2x3x4", "--page", str(page))
-    assert "| 2x3x4 " in text_between_markers(command, page)
+    assert cli.main([command, "--device", "cpu", "--seconds", "0.01", "--page", str(page)]) == 0
+    text = text_between_markers(command, page)
+    assert f" {points.SMALL[0].name}" in text
+    assert "- 0.01 seconds for each comparison; each time is the median of at least " in text
+    assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".md", ".png"}
+    if command == "ablation":
+        assert page.with_suffix(".png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("options", [["--small"], ["--points", "2x3x4"]], ids=["small", "points"])
+@pytest.mark.parametrize("command", ["speed", "figure", "ablation"])
+def test_page_is_refused_without_the_whole_grid(command, options, tmp_path, capsys):
+    page = page_for(command, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--device", "cpu", *options, "--out", str(tmp_path / "out"), "--page", str(page)])
+    assert ended.value.code == 2
+    assert "error: --page is for the whole grid: it cannot" in capsys.readouterr().err.splitlines()[-1]
+    assert "\nold\n" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--small"], ["figure", "--small"], ["ablation", "--points", "2x3x4", "--seconds", "0.01"]],
+    ids=["speed", "figure", "ablation"],
+)
+def test_published_results_are_not_replaced_without_the_whole_grid(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.main([*options, "--device", "cpu"]) == 0
+    assert not cli.RESULTS.exists()
+    (folder,) = tmp_path.glob("numsru-benchmarks-*")  # torch.compile may leave a folder of its own
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".md", ".png"}
+    assert capsys.readouterr().out.endswith(f"\nResults are in {folder}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("figure", "5x2x8-2l"), ("ablation", "5x2x8-2l"), ("ablation", "5x2x8-bi"), ("ablation", "8x2x8-h4-bi")],
+)
+def test_points_that_a_command_cannot_do_are_refused(command, name, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main([command, "--device", "cpu", "--small", "--points", "2x3x4", name, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {command} takes points of one layer")
+    assert line.endswith(f"got {name!r}")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("speed", "9x9x9"), ("speed", points.SMALL[1].name), ("figure", points.SMALL[0].name)]
+)
+def test_compiled_points_that_would_not_be_measured_are_refused(command, name, tmp_path, capsys):
+    assert cli.main([command, "--device", "cpu", "--small", "--compile", name, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --compile takes points that speed measures")
+    assert line.endswith(f"got {name!r}")
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("none", set()), ("2x3x5", {"2x3x5"})])
+def test_points_to_compile_are_those_asked_for(name, compiled, tmp_path):
+    result, _ = run("speed", "cpu", tmp_path, "--points", "2x3x4", "2x3x5", "--compile", name)
+    assert {e["point"] for e in result["layers"] if "compiled loop" in e["times"]} == compiled
 
 
 def test_pages_of_the_repository_have_their_markers():
@@ -210,6 +277,48 @@ def test_dtype_that_numsru_refuses_ends_the_run(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: not in this dtype\n"
 
 
+def test_unknown_device_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--device", "foo"])
+    assert ended.value.code == 2
+    assert "argument --device: invalid choice: 'foo'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figure, "run", lambda *arguments: pytest.fail("measured"))
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below", Path("/proc/foo"), Path("/proc")):
+        assert cli.main(["figure", "--device", "cpu", "--small", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --out must be a folder that can be written, got {str(out)!r}: ")
+
+
+def test_interrupted_run_says_so_in_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figure, "run", interrupt)
+    assert cli.main(["figure", "--device", "cpu", "--small", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"interrupted; what was written before is in {tmp_path}\n"
+
+
+INTERRUPTED = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "benchmarks.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+
+
+def test_interrupted_import_says_so_in_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 class WrongSRU(numsru.SRU):
     def forward(self, *arguments, **options):
         output, c_n = super().forward(*arguments, **options)
@@ -244,6 +353,49 @@ def test_contestant_that_cannot_run_is_reported_with_its_reason():
     assert set(result["times"]) == {"base"}
     with pytest.raises(TypeError, match="no such dtype"):
         timing.compare({"base": refuse}, CPU, "base")
+
+
+def test_page_says_who_could_not_run(tmp_path):
+    """The sequential kernel computes in float32 alone."""
+    run("ablation", "cpu", tmp_path, "--dtype", "bfloat16")
+    (page,) = tmp_path.glob("*.md")
+    assert "\nCould not run:\n\n- one fused kernel, sequential: TypeError: " in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(figure, "LSTM"), (ablation, ablation.RECURRENT), (ablation, "gates of all steps at once")]
+)
+def test_tables_do_without_who_could_not_run_once(command, name):
+    result = {}
+    command.run(result, CPU, points.SMALL[:1])
+    assert "Could not run" not in command.tables(result)
+    entry = result["entries"][0]
+    del entry["times"][name], entry["ratios"][name]
+    entry["unavailable"][name] = "OutOfMemoryError: too large"
+    assert command.tables(result).endswith(f"\nCould not run:\n\n- {name}: OutOfMemoryError: too large\n")
+
+
+def test_page_says_how_long_and_how_often_was_measured(tmp_path):
+    result, _ = run("speed", "cpu", tmp_path, "--points", "2x3x4", "--compile", "none")
+    (page,) = tmp_path.glob("*.md")
+    assert "- a trial (--small); each time is the median of at least " in page.read_text(encoding="utf-8")
+    result["settings"] |= {"small": False, "seconds": 0.08}
+    for part, fewest in (("layers", 2), ("recurrence", 1), ("streaming", 0)):
+        next(iter(result[part][-1]["times"].values()))["samples"] = fewest
+        assert report.provenance(result).endswith(
+            f"- 0.08 seconds for each comparison; each time is the median of at least {fewest} samples\n"
+        )
+
+
+PUBLISHED = sorted(set(cli.RESULTS.glob("*.json")) - set(cli.RESULTS.glob("tiles_*")))  # those have another origin
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_pages_are_those_of_their_results(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    command = {"figure": figure, "ablation": ablation}.get(path.stem.partition("_")[0], speed)
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page.partition("\n\n")[2] == f"{report.provenance(result)}\n{command.tables(result)}"
 
 
 @pytest.mark.parametrize("form", [loop, scan, sequential_layer, ablation.product_per_step, ablation.one_product])
@@ -446,7 +598,7 @@ def test_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_page_without_markers_is_refused_before_anything_is_measured(text, tmp_path, capsys):
     page, out = tmp_path / "page.md", tmp_path / "out"
     page.write_text(text, encoding="utf-8")
-    assert cli.main(["figure", "--device", "cpu", "--small", "--out", str(out), "--page", str(page)]) == 2
+    assert cli.main(["figure", "--device", "cpu", "--out", str(out), "--page", str(page)]) == 2
     assert "'<!-- end of figure -->'" in capsys.readouterr().err
     assert not out.exists()
 
