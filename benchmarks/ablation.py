@@ -93,7 +93,7 @@ def tables(result: dict[str, Any]) -> str:
         gain = f" ({report.number(e['ratios'][RECURRENT] / e['ratios'][name])})" if RECURRENT in e["ratios"] else ""
         return report.number(e["times"][name]["median"] * 1e3) + gain
 
-    names = dict.fromkeys(name for e in entries for name in e["times"])
+    names = sorted(dict.fromkeys(name for e in entries for name in e["times"]), key=lambda name: name != RECURRENT)
     header = ["", *(f"{e['point']}, {e['pass']}" for e in entries)]
     text = "ms (times as fast as the first row)\n\n"
     text += report.table(header, [[name, *(cell(e, name) for e in entries)] for name in names])

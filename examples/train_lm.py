@@ -144,6 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     probability, number = within(float, 0, 0.99), within(float, 0, math.inf)
 
     def temperature(text: str) -> float:
+        # Below, the scores divided by it would overflow; 0 takes the likeliest.
         return 0.0 if float(text) == 0 else within(float, 0.001, 1000)(text)
 
     add = parser.add_argument_group("data").add_argument
@@ -199,7 +200,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("writing text").add_argument
     add("--generate", type=positive, metavar="N", help="train nothing; let the model in --out write N symbols")
     add("--prompt", default="", metavar="TEXT", help="what the written text begins with [the start of a line]")
-    text = "below 1: likelier and more alike; above 1: wilder [%(default)s]"
+    text = "0, or 0.001 to 1000; below 1: likelier and more alike; above 1: wilder [%(default)s]"
     add("--temperature", type=temperature, default=0.7, metavar="X", help=text)
     args = parser.parse_args(argv)
     for given, used, reason in (

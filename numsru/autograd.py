@@ -435,8 +435,9 @@ def _by_kernels(prepared: _Prepared, u: Tensor, x: Tensor | None) -> tuple[Tenso
     if uses_operators(u, x, *tensors):
         if is_transformed():
             raise RuntimeError(
-                "torch.compile cannot compile a transform of torch.func around numsru's kernels. Leave it out, or call "
-                "the module inside numsru.use_backend('reference')"
+                "torch.func cannot transform numsru's operators, which take the place of its kernels under "
+                "torch.compile and for subclasses of Tensor. Leave them out, or call the module inside "
+                "numsru.use_backend('reference')"
             )
         (bias, weight_c, c_0, mask_c, valid), o = tensors, call.options
         h, c_n, _ = torch.ops.numsru.recurrence(
@@ -489,7 +490,8 @@ def _prepare(
     _check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
     _check_choice("dropout_placement", dropout_placement, DROPOUT_PLACEMENTS)
 
-    kernels = None if uses_reference() else _kernels(device.type)
+    to_reference = uses_reference() or (device.type == "meta" and is_transformed())  # which operators cannot be
+    kernels = None if to_reference else _kernels(device.type)
     if kernels is None:
         if cu_seqlens is not None and is_exporting():
             raise ValueError("an exported program takes no cu_seqlens: pad the sequences and give it their lengths")

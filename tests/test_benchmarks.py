@@ -395,7 +395,23 @@ def test_published_pages_are_those_of_their_results(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     command = {"figure": figure, "ablation": ablation}.get(path.stem.partition("_")[0], speed)
     page = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.partition("\n\n")[2] == f"{report.provenance(result)}\n{command.tables(result)}"
+    results = f"{report.provenance(result)}\n{command.tables(result)}"
+    assert page.partition("\n\n")[2] == results
+
+
+@pytest.mark.parametrize(
+    ("page", "command", "name", "tables"),
+    [
+        ("benchmarks/README.md", "speed", "cpu_intel-xeon", speed.layer_tables),
+        ("benchmarks/README.md", "figure", "figure_cpu_intel-xeon", figure.tables),
+        ("docs/why_it_is_fast.md", "ablation", "ablation_cpu_intel-xeon", ablation.tables),
+    ],
+    ids=lambda value: value if value in ("speed", "figure", "ablation") else "",
+)
+def test_pages_hold_the_published_results(page, command, name, tables):
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    before, after = report.around(ROOT / page, command)
+    assert (ROOT / page).read_text(encoding="utf-8") == f"{before}{report.provenance(result)}\n{tables(result)}{after}"
 
 
 @pytest.mark.parametrize("form", [loop, scan, sequential_layer, ablation.product_per_step, ablation.one_product])

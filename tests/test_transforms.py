@@ -247,6 +247,12 @@ def test_the_meta_device_knows_all_shapes(padding):
     assert [g.shape for g in grads] == [p.shape for p in rnn.parameters()]
 
 
+def test_the_meta_device_knows_the_shapes_of_a_transform():
+    rnn = SRU(6, 4, device="meta")
+    received = grad(loss_of(rnn))(dict(rnn.named_parameters()), torch.empty(5, 3, 6, device="meta"))
+    assert {name: g.shape for name, g in received.items()} == {name: p.shape for name, p in rnn.named_parameters()}
+
+
 def two_of(a):
     """A subclass of Tensor without memory of its own, that computes everything twice."""
     return TwoTensor(a, a.clone())
@@ -277,6 +283,19 @@ def test_arguments_may_be_of_a_subclass_of_tensor(name):
 def test_a_state_without_values_is_refused():
     with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
         SRU(6, 4)(torch.randn(5, 3, 6), FakeTensorMode().from_tensor(torch.zeros(1, 3, 4)))
+
+
+class Named(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+def test_gradients_may_be_of_a_subclass_with_memory(rnn):
+    x, inputs = torch.randn(5, 3, 6, dtype=F64), list(rnn.parameters())
+    output, _ = rnn(x)
+    grad_h = torch.randn_like(output)
+    expected = torch.autograd.grad(output, inputs, grad_h, retain_graph=True)
+    received = torch.autograd.grad(output, inputs, grad_h.as_subclass(Named))
+    torch.testing.assert_close([g.as_subclass(torch.Tensor) for g in received], list(expected), rtol=0, atol=0)
 
 
 def test_gradients_that_kernels_cannot_read_are_refused(rnn):

@@ -76,8 +76,9 @@ def is_finished(metrics: Path, argv: list[str]) -> bool:
         return False
     found = read(metrics)
     wanted = vars(train_lm.parse_arguments(argv))
-    # With --parameters, the hidden size is what follows from it.
-    for name in sorted(set(wanted) - train_lm.FREE - {"hidden"}):
+    # With --parameters, the hidden size is what follows from it; some options are for the SRU alone.
+    others = {"hidden"} if wanted["encoder"] == "sru" else {"hidden", "sru_version", "highway_bias"}
+    for name in sorted(set(wanted) - train_lm.FREE - others):
         if found["arguments"].get(name) != wanted[name]:
             difference = f"--{name.replace('_', '-')} {found['arguments'].get(name)}, not {wanted[name]}"
             raise InputError(f"{metrics.parent} holds a run of {difference}: change --runs")
@@ -241,7 +242,9 @@ def main(argv: list[str] | None = None) -> int:
         write(args.out / "language_modelling.json", json.dumps(measured, indent=1) + "\n")
         write(args.out / "language_modelling.md", page(measured))
         write(args.out / "language_modelling.png", draw(measured))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "pip install" not in str(error):
+            raise  # not the missing CUDA compiler, of which numsru tells what to install
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
