@@ -19,6 +19,11 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message says what, and what to do about it."""
 
 
+def tells_what_to_do(error: Exception) -> bool:
+    """Whether an error is for the user: of RuntimeErrors only numsru's, where the CUDA compiler is missing."""
+    return not isinstance(error, RuntimeError) or "pip install" in str(error)
+
+
 def write(path: Path, data: str | bytes | memoryview) -> None:
     """Write another file, then rename it to `path`, so that there is never half a file."""
     # The name is always the same, so that what a killed process left is overwritten.
@@ -90,6 +95,21 @@ def within(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
         return value
 
     return number
+
+
+def fill_in(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, options: dict[str, tuple[Any, bool, str]]
+) -> None:
+    """Give the options that were left out their values, and refuse those that were given without effect.
+
+    Args:
+        options: Of each its value, whether it has an effect, and the error if not.
+    """
+    for name, (value, has_effect, error) in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        elif not has_effect:
+            parser.error(error)
 
 
 positive = within(int, 1, 10**9)

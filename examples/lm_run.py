@@ -36,6 +36,14 @@ class DivergedError(InputError):
     """The loss is not finite."""
 
 
+def difference_of(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first option of which a run had another value than it has now, in words; empty if there is none."""
+    for name, value in now.items():
+        if value != before.get(name):
+            return f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
+    return ""
+
+
 def build_model(symbols: int, args: argparse.Namespace) -> LanguageModel:
     """The model of the arguments; sets `args.hidden` where `--parameters` decides it."""
     names = ("encoder", "hidden", "layers", "dropout", "rnn_dropout", "sru_version", "highway_bias")
@@ -112,14 +120,10 @@ class Run:
             return
         advice = "choose another --out, or begin anew with --restart"
         saved = load_checkpoint(io.BytesIO(data), self.checkpoint, torch.device("cpu"), "sums", advice)
-        before = saved["configuration"]
-        now = self.configuration
-        changed = [name for name in now if now[name] != before.get(name)]
-        if changed:
-            name = changed[0]
-            what = f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}"
-            reason = f"{self.out} holds a run of {'another text' if name == 'checksum' else what}"
-            raise InputError(f"{reason}: {advice}")
+        before, now = saved["configuration"], self.configuration
+        another_text = "another text" if now.pop("checksum") != before.get("checksum") else ""
+        if what := difference_of(before, now) or another_text:
+            raise InputError(f"{self.out} holds a run of {what}: {advice}")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])

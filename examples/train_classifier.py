@@ -34,9 +34,11 @@ try:
         InputError,
         above_zero,
         choose_device,
+        fill_in,
         load_checkpoint,
         open_tensorboard,
         positive,
+        tells_what_to_do,
         versions,
         within,
         write,
@@ -359,17 +361,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.dropout = 0.3 if args.dataset == "digits" else 0.5
     if args.dataset == "digits" and (args.sparse or args.vectors or args.freeze):
         parser.error("--vectors, --freeze and --sparse are for words: choose a --dataset of sentences")
-    for given, used, of in (
-        ("layers", args.encoder != "cnn", "sru, lstm and gru"),
-        ("sru_version", args.encoder == "sru", "sru"),
-        ("momentum", args.optimizer == "sgd", "sgd"),
-        ("vectors_name", args.vectors is not None, "--vectors"),
-    ):
-        if getattr(args, given) is not None and not used:
-            parser.error(f"--{given.replace('_', '-')} is for {of}: leave it out")
-    for name, value in (("layers", 2), ("sru_version", 1), ("momentum", 0.9)):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(parser, args, {
+        "layers": (2, args.encoder != "cnn", "--layers is for sru, lstm and gru: leave it out"),
+        "sru_version": (1, args.encoder == "sru", "--sru-version is for sru: leave it out"),
+        "momentum": (0.9, args.optimizer == "sgd", "--momentum is for sgd: leave it out"),
+        "vectors_name": (None, args.vectors is not None, "--vectors-name is for --vectors: leave it out"),
+    })  # fmt: skip
     if args.sparse and args.freeze:
         parser.error("--sparse trains the embedding, --freeze does not: leave one of them out")
     if args.embed is None and not args.vectors:
@@ -404,8 +401,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(args)
     except (InputError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "pip install" not in str(error):
-            raise  # not the missing CUDA compiler, of which numsru tells what to install
+        if not tells_what_to_do(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

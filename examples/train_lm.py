@@ -28,7 +28,7 @@ try:
     import processes
     import text_data
     import torch
-    from common import InputError, above_zero, positive, within
+    from common import InputError, above_zero, fill_in, positive, tells_what_to_do, within
     from language_model import LanguageModel, count_parameters, sample
     from lm_run import FREE, PRECISIONS, Run, build_model, figure_of, name_of_figure
     from safetensors import torch as safetensors
@@ -203,17 +203,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "0, or 0.001 to 1000; below 1: likelier and more alike; above 1: wilder [%(default)s]"
     add("--temperature", type=temperature, default=0.7, metavar="X", help=text)
     args = parser.parse_args(argv)
-    for given, used, reason in (
-        ("dataset", args.text is None, "--text is one"),
-        ("hidden", args.parameters is None, "--parameters decides it"),
-        ("sru_version", args.encoder == "sru", "it is for sru"),
-        ("highway_bias", args.encoder == "sru", "it is for sru"),
-    ):
-        if getattr(args, given) is not None and not used:
-            parser.error(f"leave --{given.replace('_', '-')} out: {reason}")
-    for name, value in (("dataset", "python"), ("hidden", 192), ("sru_version", 2), ("highway_bias", -3.0)):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(parser, args, {
+        "dataset": ("python", args.text is None, "leave --dataset out: --text is one"),
+        "hidden": (192, args.parameters is None, "leave --hidden out: --parameters decides it"),
+        "sru_version": (2, args.encoder == "sru", "leave --sru-version out: it is for sru"),
+        "highway_bias": (-3.0, args.encoder == "sru", "leave --highway-bias out: it is for sru"),
+    })  # fmt: skip
     if args.level is None:
         args.level = "word" if args.dataset == "ptb" and args.text is None else "char"
     if args.out is None:
@@ -229,8 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torch cannot do everything in 16 bits on every CPU, and says so when it is asked to.
         if "could not create a primitive" in str(error):
             error = InputError(f"this machine cannot compute {args.encoder} in {args.precision}: try --precision fp32")
-        if isinstance(error, RuntimeError) and "pip install" not in str(error):
-            raise  # not the missing CUDA compiler, of which numsru tells what to install
+        if not tells_what_to_do(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -97,14 +97,9 @@ def uses_reference() -> bool:
     return _chosen.name == "reference" or forward_ad._current_level >= 0 or is_exporting()
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether kernels can read them all."""
-    return PLAIN.issuperset(map(type, tensors))
-
-
 def _is_watched(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a dispatch mode or a subclass of Tensor has to see a call with these tensors."""
-    return is_compiling() or not is_plain(*tensors) or _count_dispatch_modes() > 0
+    return is_compiling() or not PLAIN.issuperset(map(type, tensors)) or _count_dispatch_modes() > 0
 
 
 def uses_operators(a: Tensor, *others: Tensor | None) -> bool:

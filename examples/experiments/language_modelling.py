@@ -19,8 +19,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(EXAMPLES))
 
 import train_lm  # noqa: E402
-from common import InputError, machine, png, positive, write  # noqa: E402
-from lm_run import DivergedError  # noqa: E402
+from common import InputError, machine, png, positive, tells_what_to_do, write  # noqa: E402
+from lm_run import DivergedError, difference_of  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 ENCODERS = {
@@ -78,10 +78,9 @@ def is_finished(metrics: Path, argv: list[str]) -> bool:
     wanted = vars(train_lm.parse_arguments(argv))
     # With --parameters, the hidden size is what follows from it; some options are for the SRU alone.
     others = {"hidden"} if wanted["encoder"] == "sru" else {"hidden", "sru_version", "highway_bias"}
-    for name in sorted(set(wanted) - train_lm.FREE - others):
-        if found["arguments"].get(name) != wanted[name]:
-            difference = f"--{name.replace('_', '-')} {found['arguments'].get(name)}, not {wanted[name]}"
-            raise InputError(f"{metrics.parent} holds a run of {difference}: change --runs")
+    compared = {name: value for name, value in wanted.items() if name not in train_lm.FREE | others}
+    if difference := difference_of(found["arguments"], compared):
+        raise InputError(f"{metrics.parent} holds a run of {difference}: change --runs")
     return found["test_loss"] is not None
 
 
@@ -243,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         write(args.out / "language_modelling.md", page(measured))
         write(args.out / "language_modelling.png", draw(measured))
     except (InputError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "pip install" not in str(error):
-            raise  # not the missing CUDA compiler, of which numsru tells what to install
+        if not tells_what_to_do(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
