@@ -16,6 +16,11 @@ def _poisoned(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+# torch looks once for the functions that `with torch.device(...)` acts on: let it do so before some are replaced.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def _poison_empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

@@ -392,6 +392,7 @@ def test_a_checkpoint_of_1_x_fills_a_module_of_the_meta_device(v1):
     given, x = randomize(SRU(5, 4, v1=True)), normal(3, 2, 5)
     with torch.device("meta"):
         rnn = SRU(5, 4, v1=v1)
+    assert all(p.is_meta for p in rnn.parameters())
     rnn.load_state_dict(compat.convert_state_dict(given.state_dict(), to="sru-1"), assign=True)
     assert_same(rnn(x), given(x))
 
