@@ -1,27 +1,37 @@
 """The matrix products of a layer, forward and backward, by the route that is fastest on the machine.
 
 That is torch's own product nearly everywhere. On a CPU, torch computes it in float32 by MKL, which on AMD's processors
-keeps to AVX2; its convolutions go to oneDNN, which uses AVX-512 there and is about twice as fast. A convolution of
-width 1 on a channels-last view is a matrix product. The choice depends on the processor and the sizes alone, so it is
-the same in every run; results of the two routes differ by rounding.
+keeps to AVX2; its convolutions go to oneDNN, which uses AVX-512 there. A convolution of width 1 on a channels-last view
+is a matrix product. The choice depends on the processor and the sizes alone, so it is the same in every run; results of
+the two routes differ by rounding.
 """
 
 import functools
+import math
 import platform
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FEWEST_MULTIPLICATIONS = 500_000  # below, a convolution's preparations take longer than it saves
+_FEWEST_ROWS = 16  # below, the time goes into reading the weight, by either route
 
 
-def product(v: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """v Wᵀ, shape `(n, m)`, of rows v, `(n, k)`, and weight, `(m, k)`. `out`: memory that may hold it, or may not."""
-    if _by_convolution(v, weight):
+class _Convolution(NamedTuple):
+    """From how many multiplications on a convolution is the faster route."""
+
+    to_rows: float = math.inf  # of the products that give u and the gradient of v
+    to_weight: float = math.inf  # of the one that gives the gradient of the weight
+
+
+def product(v: Tensor, weight: Tensor) -> Tensor:
+    """v Wᵀ, shape `(n, m)`, of rows v, `(n, k)`, and weight, `(m, k)`."""
+    if _by_convolution(v, weight, _convolution().to_rows):
         return product_by_convolution(v, weight)
-    return F.linear(v, weight) if out is None else torch.mm(v, weight.t(), out=out)
+    return F.linear(v, weight)
 
 
 def product_by_convolution(v: Tensor, weight: Tensor) -> Tensor:
@@ -38,44 +48,55 @@ def product_gradients(
         also: What else the gradient of v consists of, `(n, k)`. It is overwritten.
     """
     grad_v = grad_weight = None
-    if _by_convolution(v, weight):
-        grad_v, grad_weight, _ = torch.ops.aten.convolution_backward(
-            _channels_last(grad), _channels_last(v), weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False,
-            [0, 0], 1, [v_needs_it, weight_needs_it, False],
-        )  # fmt: skip
-        if grad_v is not None:
-            grad_v = _rows(grad_v) if also is None else also.add_(_rows(grad_v))
-        return grad_v, None if grad_weight is None else grad_weight.view(weight.shape)
     if v_needs_it:
-        grad_v = torch.mm(grad, weight) if also is None else also.addmm_(grad, weight)
+        if _by_convolution(v, weight, _convolution().to_rows):
+            grad_v = _rows(_convolution_gradients(grad, v, weight, True, False)[0])
+            grad_v = grad_v if also is None else also.add_(grad_v)
+        else:
+            grad_v = torch.mm(grad, weight) if also is None else also.addmm_(grad, weight)
     if weight_needs_it:
-        grad_weight = torch.mm(grad.t(), v)
+        if _by_convolution(v, weight, _convolution().to_weight):
+            grad_weight = _convolution_gradients(grad, v, weight, False, True)[1].view(weight.shape)
+        else:
+            grad_weight = torch.mm(grad.t(), v)
     return grad_v, grad_weight
 
 
-def _by_convolution(v: Tensor, weight: Tensor) -> bool:
+def _convolution_gradients(grad: Tensor, v: Tensor, weight: Tensor, of_v: bool, of_weight: bool) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        _channels_last(grad), _channels_last(v), weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False,
+        [0, 0], 1, [of_v, of_weight, False],
+    )  # fmt: skip
+
+
+def _by_convolution(v: Tensor, weight: Tensor, fewest_multiplications: float) -> bool:
     return (
         v.dtype == torch.float32
         and v.is_cpu
-        and _convolutions_are_faster()
-        and len(v) * weight.numel() >= _FEWEST_MULTIPLICATIONS
+        and len(v) >= _FEWEST_ROWS
+        and len(v) * weight.numel() >= fewest_multiplications
         and torch.get_float32_matmul_precision() == "highest"  # at a lower precision, torch's own product is faster
         and bool(torch.backends.mkldnn.enabled)
     )
 
 
 @functools.cache
-def _convolutions_are_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512, and torch has oneDNN."""
+def _convolution() -> _Convolution:
+    """For AMD processors with AVX-512, where torch has oneDNN; measured on Zen 4 and Zen 5."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
+        return _Convolution()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+        return _Convolution()
     try:
         processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         processor = platform.processor()
-    return "AuthenticAMD" in processor
+    family = re.search(r"family\D*(\d+)", processor, re.IGNORECASE)
+    if "AuthenticAMD" not in processor or family is None:
+        return _Convolution()
+    if int(family[1]) <= 25:  # up to Zen 4, which computes 512 bits in two halves, at hardly more than the rate of AVX2
+        return _Convolution(to_rows=200_000_000)
+    return _Convolution(500_000, 500_000)
 
 
 def _channels_last(rows: Tensor) -> Tensor:

@@ -4,24 +4,27 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import numsru
 from numsru import products
 
-ROUTES = {"torch": False, "convolution": True}
+# From how many multiplications on products that give rows, and those that give a weight, are convolutions.
+ROUTES = {
+    "torch": products._Convolution(),
+    "convolution": products._Convolution(1, 1),
+    "both": products._Convolution(to_rows=1),
+}
+CONVOLUTIONS = {"torch": [], "convolution": ["forward", "backward", "backward"], "both": ["forward", "backward"]}
 
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
-    """Both routes, on any processor; the name of the one, and how often a convolution was called."""
-    monkeypatch.setattr(products, "_convolutions_are_faster", lambda: ROUTES[request.param])
-    monkeypatch.setattr(products, "_FEWEST_MULTIPLICATIONS", 1)
-    calls, convolve, backward = [], F.conv2d, torch.ops.aten.convolution_backward
-    monkeypatch.setattr(F, "conv2d", lambda *args: calls.append("forward") or convolve(*args))
-    monkeypatch.setattr(
-        torch.ops.aten, "convolution_backward", lambda *args: calls.append("backward") or backward(*args)
-    )
+    """Both routes, on any processor and of any size: which is taken, and the convolutions that were called."""
+    monkeypatch.setattr(products, "_convolution", lambda: ROUTES[request.param])
+    monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
+    calls, forward, backward = [], products.product_by_convolution, products._convolution_gradients
+    monkeypatch.setattr(products, "product_by_convolution", lambda *args: calls.append("forward") or forward(*args))
+    monkeypatch.setattr(products, "_convolution_gradients", lambda *args: calls.append("backward") or backward(*args))
     return request.param, calls
 
 
@@ -35,7 +38,7 @@ def test_products_and_gradients_match_float64(route, size, has_also):
     grad_v, grad_weight = products.product_gradients(grad, v, weight, also if has_also else None, True, True)
     assert_close(grad_v, exact[2] @ exact[1] + (exact[3] if has_also else 0))
     assert_close(grad_weight, exact[2].t() @ exact[0])
-    assert route[1] == (["forward", "backward"] if ROUTES[route[0]] else [])
+    assert route[1] == CONVOLUTIONS[route[0]]
 
 
 def assert_close(a, exact):
@@ -55,9 +58,9 @@ def test_layers_are_the_same_by_both_routes(monkeypatch, options):
     torch.manual_seed(0)
     rnn, x = numsru.SRU(12, 12, 2, **options), torch.randn(9, 5, 12, requires_grad=True)
     found = []
-    monkeypatch.setattr(products, "_FEWEST_MULTIPLICATIONS", 1)
-    for by_convolution in ROUTES.values():
-        monkeypatch.setattr(products, "_convolutions_are_faster", lambda chosen=by_convolution: chosen)
+    monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
+    for convolution in ROUTES.values():
+        monkeypatch.setattr(products, "_convolution", lambda chosen=convolution: chosen)
         torch.manual_seed(1)
         output, c_n = rnn(x)
         grads = torch.autograd.grad(
@@ -66,22 +69,29 @@ def test_layers_are_the_same_by_both_routes(monkeypatch, options):
         with torch.no_grad():
             found.append([output, c_n, *grads, *rnn.eval()(x)])
         rnn.train()
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+AMD = "vendor_id : AuthenticAMD\ncpu family : {}\nmodel : 17\n"
+OTHER = products._Convolution()
 
 
 @pytest.mark.parametrize(
-    ("processor", "capability", "faster"),
+    ("processor", "capability", "expected"),
     [
-        ("vendor_id : AuthenticAMD", "AVX512", True),
-        ("vendor_id : AuthenticAMD", "AVX2", False),
-        ("vendor_id : GenuineIntel", "AVX512", False),
+        (AMD.format(26), "AVX512", products._Convolution(500_000, 500_000)),
+        (AMD.format(25), "AVX512", products._Convolution(to_rows=200_000_000)),
+        (AMD.format(25), "AVX2", OTHER),
+        ("vendor_id : AuthenticAMD", "AVX512", OTHER),
+        ("vendor_id : GenuineIntel\ncpu family : 26\n", "AVX512", OTHER),
     ],
 )
-def test_route_depends_on_the_processor(monkeypatch, processor, capability, faster):
+def test_route_depends_on_the_processor(monkeypatch, processor, capability, expected):
     monkeypatch.setattr(products.Path, "read_text", lambda *args, **kwargs: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert products._convolutions_are_faster.__wrapped__() == (faster and torch.backends.mkldnn.is_available())
+    assert products._convolution.__wrapped__() == (expected if torch.backends.mkldnn.is_available() else OTHER)
 
 
 def test_processor_is_asked_for_where_there_is_no_cpuinfo(monkeypatch):
@@ -91,21 +101,22 @@ def test_processor_is_asked_for_where_there_is_no_cpuinfo(monkeypatch):
     monkeypatch.setattr(products.Path, "read_text", missing)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 26 Model 68, AuthenticAMD")
-    assert products._convolutions_are_faster.__wrapped__() == torch.backends.mkldnn.is_available()
+    assert (products._convolution.__wrapped__() != OTHER) == torch.backends.mkldnn.is_available()
 
 
 def test_torchs_product_is_taken_where_it_is_as_fast(monkeypatch):
-    monkeypatch.setattr(products, "_convolutions_are_faster", lambda: True)
     v, weight = torch.randn(1000, 50), torch.randn(10, 50)
-    assert products._by_convolution(v, weight)
-    assert not products._by_convolution(v[:999], weight)  # few multiplications
-    assert not products._by_convolution(v.double(), weight.double())
-    assert not products._by_convolution(v.bfloat16(), weight.bfloat16())
+    assert products._by_convolution(v, weight, 500_000)
+    assert not products._by_convolution(v, weight, 500_001)
+    assert not products._by_convolution(v[:15], weight, 1)  # few rows
+    assert products._by_convolution(v[:16], weight, 1)
+    assert not products._by_convolution(v.double(), weight.double(), 1)
+    assert not products._by_convolution(v.bfloat16(), weight.bfloat16(), 1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        assert not products._by_convolution(v, weight)
+        assert not products._by_convolution(v, weight, 1)
     finally:
         torch.set_float32_matmul_precision(before)
     monkeypatch.setattr(torch.backends, "mkldnn", types.SimpleNamespace(enabled=False))
-    assert not products._by_convolution(v, weight)
+    assert not products._by_convolution(v, weight, 1)
