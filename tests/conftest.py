@@ -1,9 +1,14 @@
 """Memory that `torch.empty` hands out holds NaN in every test, so that nothing relies on what it happens to hold."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+# As long as OpenMP's threads wait actively, tests that run side by side take each other's cores: five times as long.
+# It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 
