@@ -36,6 +36,9 @@ if SIMULATED:
 
 from numba.cuda.cudadrv.error import NvvmSupportError  # the simulator has none
 
+# On one process: what takes long is shared between the tests of a kernel.
+pytestmark = pytest.mark.xdist_group("compiled for several GPUs")
+
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 PLAIN = Options(save_c=True)
@@ -117,11 +120,13 @@ def _library(make_kernel, options, tile, dtype, stage, cc):
 
 def _link(compiled, cc, kind, **options):
     """Machine code or PTX after optimisation at link time, as `cuda.jit` has it, with the linker's remarks."""
-    # What Numba makes of a kernel differs between devices in launch bounds and, below 8.0, in copies to shared memory
-    # and rounding to bfloat16.
-    bounds = _kernel(*compiled).launch_bounds
-    alike = cc >= (8, 0) and bounds(cc[:2]) == bounds((9, 0))
-    library = _library(*compiled, (9, 0) if alike else cc)
+    # What Numba makes of a kernel differs between devices in copies to shared memory and rounding to bfloat16, below
+    # 8.0, and in one line: how many blocks a multiprocessor must be able to hold.
+    library = _library(*compiled, (9, 0) if cc >= (8, 0) else cc)
+    blocks = f'!"minctasm", i32 {_kernel(*compiled).launch_bounds(cc[:2])[1]}'
+    library._llvm_strs = [re.sub(r'!"minctasm", i32 \d+', blocks, ir) for ir in library.llvm_strs]
+    library._ltoir_cache.clear()
+    assert blocks in library.get_llvm_str()
     options = LinkerOptions(arch="sm_" + "".join(map(str, cc)), link_time_optimization=True, **options)
     linker = Linker(ObjectCode.from_ltoir(library.get_ltoir(cc=cc)), options=options)
     return linker.link(kind).code, linker.get_info_log()
