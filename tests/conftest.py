@@ -1,4 +1,7 @@
-"""Memory that `torch.empty` hands out holds NaN in every test, so that nothing relies on what it happens to hold."""
+"""Memory that `torch.empty` hands out holds NaN in every test, so that nothing relies on what it happens to hold.
+
+Tests that run side by side share the cores.
+"""
 
 import os
 from collections.abc import Callable
@@ -6,9 +9,10 @@ from typing import Any
 
 import pytest
 
-# As long as OpenMP's threads wait actively, tests that run side by side take each other's cores: five times as long.
-# It is read when torch is loaded.
+# Threads of OpenMP that wait keep a core busy: layers of two processes took five times as long. Read when torch is
+# loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 
