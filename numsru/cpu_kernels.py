@@ -523,14 +523,14 @@ def forward(
     return h, c_n, saved
 
 
-_BYTES_AT_A_TIME = 16 << 20  # of u in inference: malloc keeps so much and needs no new pages for it
+_BYTES_AT_A_TIME = 16 << 20  # of u in inference: glibc's malloc keeps so much and needs no new pages for it
 
 
 def layer_forward(
     options: Options, v: Tensor, weight: Tensor, x: Tensor | None, bias: Tensor, weight_c: Tensor | None,
     c_0: Tensor | None, mask_c: Tensor | None, valid: Tensor | None, scale_x: float, L: int, B: int, D: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """h and c_n of a layer without gradients: u is computed for a piece of the time, used, and given up."""
+    """h and c_n of a layer without gradients: u is computed for a piece of the time, used, and overwritten."""
     steps, rows = len(v), v.shape[1] if v.dim() == 3 else 1
     H, part = bias.shape[-1], weight.shape[0] // D
     h = v.new_empty(*v.shape[:-1], D * H)
@@ -541,9 +541,9 @@ def layer_forward(
     pieces = max(1, -(-steps * rows * weight.shape[0] * v.element_size() // _BYTES_AT_A_TIME))
     kernel = _forward_kernel(options._replace(has_c_0=False), STORAGE[v.dtype])
 
-    def run(first: int, end: int, first_direction: int, directions: int) -> None:
+    def run(first: int, end: int, first_direction: int, directions: int, u: Tensor | None) -> None:
         columns = slice(first_direction * part, (first_direction + directions) * part)
-        u = product(v[first * rows : end * rows], weight[columns])
+        u = product(v[first * rows : end * rows], weight[columns], out=u)
         launch = Launch(first, end, L, B, D, H, first_direction, directions)
         others = [_address(a) for a in (x, bias, weight_c, mask_c, valid, c_n, h)]
         u_of_step_0 = u.data_ptr() - first * rows * directions * part * u.element_size()
@@ -552,14 +552,16 @@ def layer_forward(
         )
 
     if pieces == 1:
-        run(0, steps, 0, D)
+        run(0, steps, 0, D, None)
         return h, c_n
     length = -(-steps // pieces)
+    buffer = v.new_empty(length * rows, part)
     for first in range(0, steps, length):
         end = min(first + length, steps)
-        run(first, end, 0, 1)
+        u = buffer[: (end - first) * rows]
+        run(first, end, 0, 1, u)
         if D == 2:  # from the end, in pieces of the same lengths
-            run(steps - end, steps - first, 1, 1)
+            run(steps - end, steps - first, 1, 1, u)
     return h, c_n
 
 

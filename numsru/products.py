@@ -17,21 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FEWEST_ROWS = 16  # below, the time goes into reading the weight, by either route
+
+class _Thresholds(NamedTuple):
+    """From how many multiplications on convolutions are the faster route."""
+
+    rows: float = math.inf  # of the products that give rows: u, and the gradient of v
+    weight: float = math.inf  # of the product that gives the gradient of the weight
 
 
-class _Convolution(NamedTuple):
-    """From how many multiplications on a convolution is the faster route."""
-
-    to_rows: float = math.inf  # of the products that give u and the gradient of v
-    to_weight: float = math.inf  # of the one that gives the gradient of the weight
+_NEVER = _Thresholds()
 
 
-def product(v: Tensor, weight: Tensor) -> Tensor:
-    """v Wᵀ, shape `(n, m)`, of rows v, `(n, k)`, and weight, `(m, k)`."""
-    if _by_convolution(v, weight, _convolution().to_rows):
+def product(v: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """v Wᵀ, shape `(n, m)`, of rows v, `(n, k)`, and weight, `(m, k)`. `out`: memory that may hold it, or may not."""
+    if _by_convolution(v, weight, _thresholds().rows):
         return product_by_convolution(v, weight)
-    return F.linear(v, weight)
+    return F.linear(v, weight) if out is None else torch.mm(v, weight.t(), out=out)
 
 
 def product_by_convolution(v: Tensor, weight: Tensor) -> Tensor:
@@ -49,54 +50,57 @@ def product_gradients(
     """
     grad_v = grad_weight = None
     if v_needs_it:
-        if _by_convolution(v, weight, _convolution().to_rows):
-            grad_v = _rows(_convolution_gradients(grad, v, weight, True, False)[0])
+        if _by_convolution(v, weight, _thresholds().rows):
+            grad_v = _rows(_convolution_gradients(grad, v, weight, of_v=True)[0])
             grad_v = grad_v if also is None else also.add_(grad_v)
         else:
             grad_v = torch.mm(grad, weight) if also is None else also.addmm_(grad, weight)
     if weight_needs_it:
-        if _by_convolution(v, weight, _convolution().to_weight):
-            grad_weight = _convolution_gradients(grad, v, weight, False, True)[1].view(weight.shape)
+        if _by_convolution(v, weight, _thresholds().weight):
+            grad_weight = _convolution_gradients(grad, v, weight, of_v=False)[1].view(weight.shape)
         else:
             grad_weight = torch.mm(grad.t(), v)
     return grad_v, grad_weight
 
 
-def _convolution_gradients(grad: Tensor, v: Tensor, weight: Tensor, of_v: bool, of_weight: bool) -> tuple[Tensor, ...]:
+def _convolution_gradients(grad: Tensor, v: Tensor, weight: Tensor, of_v: bool) -> tuple[Tensor, ...]:
+    """The gradient of v, or else that of the weight, in its place."""
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         _channels_last(grad), _channels_last(v), weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False,
-        [0, 0], 1, [of_v, of_weight, False],
+        [0, 0], 1, [of_v, not of_v, False],
     )  # fmt: skip
 
 
-def _by_convolution(v: Tensor, weight: Tensor, fewest_multiplications: float) -> bool:
+def _by_convolution(v: Tensor, weight: Tensor, threshold: float) -> bool:
     return (
-        v.dtype == torch.float32
+        threshold < math.inf  # asked first: on most machines it is the last question
+        and v.dtype == torch.float32
         and v.is_cpu
-        and len(v) >= _FEWEST_ROWS
-        and len(v) * weight.numel() >= fewest_multiplications
+        and len(v) * weight.numel() >= threshold
         and torch.get_float32_matmul_precision() == "highest"  # at a lower precision, torch's own product is faster
         and bool(torch.backends.mkldnn.enabled)
     )
 
 
 @functools.cache
-def _convolution() -> _Convolution:
-    """For AMD processors with AVX-512, where torch has oneDNN; measured on Zen 4 and Zen 5."""
+def _thresholds() -> _Thresholds:
+    """Those of this processor: finite on AMD's with AVX-512, where torch has oneDNN."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return _Convolution()
+        return _NEVER
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return _Convolution()
+        return _NEVER
     try:
         processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         processor = platform.processor()
     family = re.search(r"family\D*(\d+)", processor, re.IGNORECASE)
     if "AuthenticAMD" not in processor or family is None:
-        return _Convolution()
-    if int(family[1]) <= 25:  # up to Zen 4, which computes 512 bits in two halves, at hardly more than the rate of AVX2
-        return _Convolution(to_rows=200_000_000)
-    return _Convolution(500_000, 500_000)
+        return _NEVER
+    if int(family[1]) <= 25:
+        # Zen 4 computes 512 bits in two halves. Large products gain up to 1.3 times the rate; small ones lose more by
+        # the convolution's preparations, and gradients of weights take longer by it, the largest 1.3 times as long.
+        return _Thresholds(rows=200_000_000)
+    return _Thresholds(500_000, 500_000)  # Zen 5: about twice the rate, but for the smallest
 
 
 def _channels_last(rows: Tensor) -> Tensor:

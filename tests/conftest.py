@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 
-# Threads of OpenMP that wait keep a core busy: layers of two processes took five times as long. Read when torch is
-# loaded.
+# Threads of OpenMP that wait keep a core busy, which others need: the tests of layers, in two processes on two cores,
+# took 60 seconds, and take 15. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist, where it is and shares out the tests, keep groups of them together."""
+    if getattr(config.option, "dist", None) == "load":
+        config.option.dist = "loadgroup"
 
 
 def _poisoned(function: Callable[..., Any]) -> Callable[..., Any]:

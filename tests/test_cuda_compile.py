@@ -36,9 +36,6 @@ if SIMULATED:
 
 from numba.cuda.cudadrv.error import NvvmSupportError  # the simulator has none
 
-# On one process: what takes long is shared between the tests of a kernel.
-pytestmark = pytest.mark.xdist_group("compiled for several GPUs")
-
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 PLAIN = Options(save_c=True)
@@ -90,7 +87,9 @@ def kernels(compiled):
     for options, tiles, dtype, stage in compiled:
         tile = "x".join(map(str, tiles[0][:4]))
         name = f"version_{options.version}-{NAMES[options]}-{tile}-{str(dtype)[6:]}{STAGES[stage]}"
-        parameters.append(pytest.param(options, tiles, dtype, stage, id=name))
+        # On one process, if there are several: what takes long is shared between the tests of a kernel.
+        marks = pytest.mark.xdist_group(name)
+        parameters.append(pytest.param(options, tiles, dtype, stage, id=name, marks=marks))
     return pytest.mark.parametrize(("options", "tile", "dtype", "stage"), parameters)
 
 
@@ -121,11 +120,12 @@ def _library(make_kernel, options, tile, dtype, stage, cc):
 def _link(compiled, cc, kind, **options):
     """Machine code or PTX after optimisation at link time, as `cuda.jit` has it, with the linker's remarks."""
     # What Numba makes of a kernel differs between devices in copies to shared memory and rounding to bfloat16, below
-    # 8.0, and in one line: how many blocks a multiprocessor must be able to hold.
-    library = _library(*compiled, (9, 0) if cc >= (8, 0) else cc)
-    blocks = f'!"minctasm", i32 {_kernel(*compiled).launch_bounds(cc[:2])[1]}'
+    # 8.0, and in one line: how many blocks a multiprocessor must be able to hold. It is written anew for each.
+    bounds = _kernel(*compiled).launch_bounds
+    assert bounds(cc[:2])[0] == bounds((9, 0))[0]
+    library, blocks = _library(*compiled, (9, 0) if cc >= (8, 0) else cc), f'!"minctasm", i32 {bounds(cc[:2])[1]}'
     library._llvm_strs = [re.sub(r'!"minctasm", i32 \d+', blocks, ir) for ir in library.llvm_strs]
-    library._ltoir_cache.clear()
+    library._ltoir_cache.clear()  # compiled from the former lines
     assert blocks in library.get_llvm_str()
     options = LinkerOptions(arch="sm_" + "".join(map(str, cc)), link_time_optimization=True, **options)
     linker = Linker(ObjectCode.from_ltoir(library.get_ltoir(cc=cc)), options=options)

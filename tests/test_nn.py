@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import numsru
-from numsru import SRU, SRUCell, autograd, cpu_kernels, nn, reference
+from numsru import SRU, SRUCell, autograd, cpu_kernels, nn, products, reference
 from numsru import padding as padding_module
 
 F64 = torch.float64
@@ -718,17 +719,26 @@ def test_inference_in_pieces_of_the_time_is_the_whole(monkeypatch, name, padding
     torch.testing.assert_close(received, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_inference_never_holds_the_products_of_all_steps(monkeypatch):
+@pytest.mark.parametrize("route", ["torch", "convolution"])
+def test_inference_never_holds_the_products_of_all_steps(monkeypatch, route):
     rnn, x = SRU(64, 64), torch.randn(512, 4, 64)
     monkeypatch.setattr(cpu_kernels, "_BYTES_AT_A_TIME", 1 << 16)
-    largest, allocate = [0], torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty",
-        lambda self, *size, **kw: largest.append(allocate(self, *size, **kw)) or largest[-1],
-    )  # fmt: skip
+    thresholds = products._Thresholds(1) if route == "convolution" else products._Thresholds()
+    monkeypatch.setattr(products, "_thresholds", lambda: thresholds)
+    made, product = [], cpu_kernels.product
+
+    def record(*args, **kwargs):
+        earlier = [u for u in (made_u() for made_u in made) if u is not None]
+        assert len({u.data_ptr() for u in earlier}) <= 1  # the piece before, where the next takes its memory
+        u = product(*args, **kwargs)
+        assert u.nbytes < (1 << 16) + u[:4].nbytes  # rounded up to a step
+        made.append(weakref.ref(u))
+        return u
+
+    monkeypatch.setattr(cpu_kernels, "product", record)
     with torch.no_grad():
         rnn(x)
-    assert max(a.numel() for a in largest[1:]) == x.numel()  # h
+    assert len(made) == 24
 
 
 PLAIN = {

@@ -8,23 +8,24 @@ import torch
 import numsru
 from numsru import products
 
-# From how many multiplications on products that give rows, and those that give a weight, are convolutions.
-ROUTES = {
-    "torch": products._Convolution(),
-    "convolution": products._Convolution(1, 1),
-    "both": products._Convolution(to_rows=1),
-}
-CONVOLUTIONS = {"torch": [], "convolution": ["forward", "backward", "backward"], "both": ["forward", "backward"]}
+NEVER, ALWAYS = products._Thresholds(), products._Thresholds(1, 1)
+ROUTES = {"torch": NEVER, "convolution": ALWAYS, "mixed": products._Thresholds(rows=1)}
+# Which gradients are computed by convolutions: of v, of the weight.
+CONVOLUTIONS = {"torch": set(), "convolution": {"v", "weight"}, "mixed": {"v"}}
 
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
-    """Both routes, on any processor and of any size: which is taken, and the convolutions that were called."""
-    monkeypatch.setattr(products, "_convolution", lambda: ROUTES[request.param])
-    monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
+    """Each route, on any processor and of any size: which one, and what was computed by convolutions."""
+    monkeypatch.setattr(products, "_thresholds", lambda: ROUTES[request.param])
     calls, forward, backward = [], products.product_by_convolution, products._convolution_gradients
-    monkeypatch.setattr(products, "product_by_convolution", lambda *args: calls.append("forward") or forward(*args))
-    monkeypatch.setattr(products, "_convolution_gradients", lambda *args: calls.append("backward") or backward(*args))
+
+    def record_backward(*args, of_v):
+        calls.append("v" if of_v else "weight")
+        return backward(*args, of_v=of_v)
+
+    monkeypatch.setattr(products, "product_by_convolution", lambda *args: calls.append("u") or forward(*args))
+    monkeypatch.setattr(products, "_convolution_gradients", record_backward)
     return request.param, calls
 
 
@@ -38,7 +39,8 @@ def test_products_and_gradients_match_float64(route, size, has_also):
     grad_v, grad_weight = products.product_gradients(grad, v, weight, also if has_also else None, True, True)
     assert_close(grad_v, exact[2] @ exact[1] + (exact[3] if has_also else 0))
     assert_close(grad_weight, exact[2].t() @ exact[0])
-    assert route[1] == CONVOLUTIONS[route[0]]
+    name, calls = route
+    assert set(calls) == CONVOLUTIONS[name] | ({"u"} if name != "torch" else set())
 
 
 def assert_close(a, exact):
@@ -51,16 +53,18 @@ def test_only_the_gradients_that_are_needed_are_computed(route, v_needs_it, weig
     v, weight, grad = torch.randn(9, 4), torch.randn(6, 4), torch.randn(9, 6)
     grads = products.product_gradients(grad, v, weight, None, v_needs_it, weight_needs_it)
     assert [a is not None for a in grads] == [v_needs_it, weight_needs_it]
+    needed = {name for name, needs_it in (("v", v_needs_it), ("weight", weight_needs_it)) if needs_it}
+    name, calls = route
+    assert set(calls) == CONVOLUTIONS[name] & needed
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"rnn_dropout": 0.5}, {"version": 2}], ids=str)
-def test_layers_are_the_same_by_both_routes(monkeypatch, options):
+def test_layers_are_the_same_by_all_routes(monkeypatch, options):
     torch.manual_seed(0)
     rnn, x = numsru.SRU(12, 12, 2, **options), torch.randn(9, 5, 12, requires_grad=True)
     found = []
-    monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
-    for convolution in ROUTES.values():
-        monkeypatch.setattr(products, "_convolution", lambda chosen=convolution: chosen)
+    for thresholds in ROUTES.values():
+        monkeypatch.setattr(products, "_thresholds", lambda chosen=thresholds: chosen)
         torch.manual_seed(1)
         output, c_n = rnn(x)
         grads = torch.autograd.grad(
@@ -75,41 +79,45 @@ def test_layers_are_the_same_by_both_routes(monkeypatch, options):
 
 
 AMD = "vendor_id : AuthenticAMD\ncpu family : {}\nmodel : 17\n"
-OTHER = products._Convolution()
+ZEN_4, ZEN_5 = products._Thresholds(rows=200_000_000), products._Thresholds(500_000, 500_000)
+
+
+def expected(thresholds):
+    return thresholds if torch.backends.mkldnn.is_available() else NEVER
 
 
 @pytest.mark.parametrize(
-    ("processor", "capability", "expected"),
+    ("processor", "capability", "thresholds"),
     [
-        (AMD.format(26), "AVX512", products._Convolution(500_000, 500_000)),
-        (AMD.format(25), "AVX512", products._Convolution(to_rows=200_000_000)),
-        (AMD.format(25), "AVX2", OTHER),
-        ("vendor_id : AuthenticAMD", "AVX512", OTHER),
-        ("vendor_id : GenuineIntel\ncpu family : 26\n", "AVX512", OTHER),
+        (AMD.format(26), "AVX512", ZEN_5),
+        (AMD.format(25), "AVX512", ZEN_4),
+        (AMD.format(25), "AVX2", NEVER),
+        ("vendor_id : AuthenticAMD", "AVX512", NEVER),
+        ("vendor_id : GenuineIntel\ncpu family : 26\n", "AVX512", NEVER),
     ],
 )
-def test_route_depends_on_the_processor(monkeypatch, processor, capability, expected):
+def test_route_depends_on_the_processor(monkeypatch, processor, capability, thresholds):
     monkeypatch.setattr(products.Path, "read_text", lambda *args, **kwargs: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert products._convolution.__wrapped__() == (expected if torch.backends.mkldnn.is_available() else OTHER)
+    assert products._thresholds.__wrapped__() == expected(thresholds)
 
 
-def test_processor_is_asked_for_where_there_is_no_cpuinfo(monkeypatch):
+@pytest.mark.parametrize(("family", "thresholds"), [(25, ZEN_4), (26, ZEN_5)])
+def test_processor_is_asked_for_where_there_is_no_cpuinfo(monkeypatch, family, thresholds):
     def missing(*args, **kwargs):
         raise FileNotFoundError
 
     monkeypatch.setattr(products.Path, "read_text", missing)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 26 Model 68, AuthenticAMD")
-    assert (products._convolution.__wrapped__() != OTHER) == torch.backends.mkldnn.is_available()
+    name = f"AMD64 Family {family} Model 97 Stepping 2, AuthenticAMD"
+    monkeypatch.setattr(products.platform, "processor", lambda: name)
+    assert products._thresholds.__wrapped__() == expected(thresholds)
 
 
 def test_torchs_product_is_taken_where_it_is_as_fast(monkeypatch):
     v, weight = torch.randn(1000, 50), torch.randn(10, 50)
     assert products._by_convolution(v, weight, 500_000)
     assert not products._by_convolution(v, weight, 500_001)
-    assert not products._by_convolution(v[:15], weight, 1)  # few rows
-    assert products._by_convolution(v[:16], weight, 1)
     assert not products._by_convolution(v.double(), weight.double(), 1)
     assert not products._by_convolution(v.bfloat16(), weight.bfloat16(), 1)
     before = torch.get_float32_matmul_precision()
