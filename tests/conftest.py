@@ -16,12 +16,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let pytest-xdist, where it is and shares out the tests, keep groups of them together."""
-    if getattr(config.option, "dist", None) == "load":
-        config.option.dist = "loadgroup"
-
-
 def _poisoned(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)

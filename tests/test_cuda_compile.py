@@ -87,13 +87,14 @@ def kernels(compiled):
     for options, tiles, dtype, stage in compiled:
         tile = "x".join(map(str, tiles[0][:4]))
         name = f"version_{options.version}-{NAMES[options]}-{tile}-{str(dtype)[6:]}{STAGES[stage]}"
-        # On one process, if there are several: what takes long is shared between the tests of a kernel.
-        marks = pytest.mark.xdist_group(name)
-        parameters.append(pytest.param(options, tiles, dtype, stage, id=name, marks=marks))
-    return pytest.mark.parametrize(("options", "tile", "dtype", "stage"), parameters)
+        parameters.append(pytest.param(options, tiles, dtype, stage, id=name))
+    return pytest.mark.parametrize(("options", "tile", "dtype", "stage"), parameters, scope="module")
 
 
-passes = pytest.mark.parametrize("make_kernel", [forward_kernel, backward_kernel], ids=["forward", "backward"])
+# With this scope the tests of a kernel follow each other, which share what takes long, in most cases on one process.
+passes = pytest.mark.parametrize(
+    "make_kernel", [forward_kernel, backward_kernel], ids=["forward", "backward"], scope="module"
+)
 capabilities = pytest.mark.parametrize(
     "cc", [(7, 5), (8, 0), (9, 0, "a"), (10, 0, "a")], ids=["7.5", "8.0", "9.0", "10.0"]
 )
