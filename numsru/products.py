@@ -51,24 +51,25 @@ def product_gradients(
     grad_v = grad_weight = None
     if v_needs_it:
         if _by_convolution(v, weight, _thresholds().rows):
-            grad_v = _rows(_convolution_gradients(grad, v, weight, of_v=True)[0])
+            grad_v = _gradient_by_convolution(grad, v, weight, of_v=True)
             grad_v = grad_v if also is None else also.add_(grad_v)
         else:
             grad_v = torch.mm(grad, weight) if also is None else also.addmm_(grad, weight)
     if weight_needs_it:
         if _by_convolution(v, weight, _thresholds().weight):
-            grad_weight = _convolution_gradients(grad, v, weight, of_v=False)[1].view(weight.shape)
+            grad_weight = _gradient_by_convolution(grad, v, weight, of_v=False)
         else:
             grad_weight = torch.mm(grad.t(), v)
     return grad_v, grad_weight
 
 
-def _convolution_gradients(grad: Tensor, v: Tensor, weight: Tensor, of_v: bool) -> tuple[Tensor, ...]:
-    """The gradient of v, or else that of the weight, in its place."""
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+def _gradient_by_convolution(grad: Tensor, v: Tensor, weight: Tensor, of_v: bool) -> Tensor:
+    """The gradient of v, or else that of the weight."""
+    grad_v, grad_weight, _ = torch.ops.aten.convolution_backward(
         _channels_last(grad), _channels_last(v), weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False,
         [0, 0], 1, [of_v, not of_v, False],
     )  # fmt: skip
+    return _rows(grad_v) if of_v else grad_weight.view(weight.shape)
 
 
 def _by_convolution(v: Tensor, weight: Tensor, threshold: float) -> bool:

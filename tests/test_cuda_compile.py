@@ -124,7 +124,8 @@ def _link(compiled, cc, kind, **options):
     # 8.0, and in one line: how many blocks a multiprocessor must be able to hold. It is written anew for each.
     bounds = _kernel(*compiled).launch_bounds
     assert bounds(cc[:2])[0] == bounds((9, 0))[0]
-    library, blocks = _library(*compiled, (9, 0) if cc >= (8, 0) else cc), f'!"minctasm", i32 {bounds(cc[:2])[1]}'
+    library = _library(*compiled, (9, 0) if cc >= (8, 0) else cc)
+    blocks = f'!"minctasm", i32 {bounds(cc[:2])[1]}'
     library._llvm_strs = [re.sub(r'!"minctasm", i32 \d+', blocks, ir) for ir in library.llvm_strs]
     library._ltoir_cache.clear()  # compiled from the former lines
     assert blocks in library.get_llvm_str()

@@ -10,22 +10,22 @@ from numsru import products
 
 NEVER, ALWAYS = products._Thresholds(), products._Thresholds(1, 1)
 ROUTES = {"torch": NEVER, "convolution": ALWAYS, "mixed": products._Thresholds(rows=1)}
-# Which gradients are computed by convolutions: of v, of the weight.
-CONVOLUTIONS = {"torch": set(), "convolution": {"v", "weight"}, "mixed": {"v"}}
+# What is computed by convolutions, in this order: the product, the gradients of v and of the weight.
+CONVOLUTIONS = {"torch": [], "convolution": ["u", "v", "weight"], "mixed": ["u", "v"]}
 
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
     """Each route, on any processor and of any size: which one, and what was computed by convolutions."""
     monkeypatch.setattr(products, "_thresholds", lambda: ROUTES[request.param])
-    calls, forward, backward = [], products.product_by_convolution, products._convolution_gradients
+    calls, forward, backward = [], products.product_by_convolution, products._gradient_by_convolution
 
     def record_backward(*args, of_v):
         calls.append("v" if of_v else "weight")
         return backward(*args, of_v=of_v)
 
     monkeypatch.setattr(products, "product_by_convolution", lambda *args: calls.append("u") or forward(*args))
-    monkeypatch.setattr(products, "_convolution_gradients", record_backward)
+    monkeypatch.setattr(products, "_gradient_by_convolution", record_backward)
     return request.param, calls
 
 
@@ -40,7 +40,7 @@ def test_products_and_gradients_match_float64(route, size, has_also):
     assert_close(grad_v, exact[2] @ exact[1] + (exact[3] if has_also else 0))
     assert_close(grad_weight, exact[2].t() @ exact[0])
     name, calls = route
-    assert set(calls) == CONVOLUTIONS[name] | ({"u"} if name != "torch" else set())
+    assert calls == CONVOLUTIONS[name]
 
 
 def assert_close(a, exact):
@@ -53,9 +53,9 @@ def test_only_the_gradients_that_are_needed_are_computed(route, v_needs_it, weig
     v, weight, grad = torch.randn(9, 4), torch.randn(6, 4), torch.randn(9, 6)
     grads = products.product_gradients(grad, v, weight, None, v_needs_it, weight_needs_it)
     assert [a is not None for a in grads] == [v_needs_it, weight_needs_it]
-    needed = {name for name, needs_it in (("v", v_needs_it), ("weight", weight_needs_it)) if needs_it}
     name, calls = route
-    assert set(calls) == CONVOLUTIONS[name] & needed
+    needed = {"v": v_needs_it, "weight": weight_needs_it, "u": False}
+    assert calls == [what for what in CONVOLUTIONS[name] if needed[what]]
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"rnn_dropout": 0.5}, {"version": 2}], ids=str)
