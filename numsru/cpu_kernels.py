@@ -26,6 +26,7 @@ from numba import cfunc, types
 from torch import Tensor
 
 from . import cpu_intrinsics, recurrence
+from .compiling import collector_paused
 from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, prefer_wide_vectors, prefetch, store
 from .products import product
 from .recurrence import (
@@ -417,10 +418,11 @@ def _compile(function: Callable[..., None], options: Options, storage: Any) -> _
     )
     # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
     how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        compiled = cfunc(types.void(types.int64), cache=True, **how)(function)
-    except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
-        compiled = cfunc(types.void(types.int64), **how)(function)
+    with collector_paused():
+        try:
+            compiled = cfunc(types.void(types.int64), cache=True, **how)(function)
+        except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
+            compiled = cfunc(types.void(types.int64), **how)(function)
     return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address), compiled)
 
 

@@ -18,6 +18,8 @@ from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
 from torch import Tensor
 
+from .compiling import collector_paused
+
 _compiling = threading.Lock()
 _streams: dict[int, Stream] = {}  # by handle: making one costs more than a launch
 _config = functools.lru_cache(4096)(lambda blocks, block: LaunchConfig(grid=blocks, block=block))
@@ -101,7 +103,8 @@ def _compile(kernel: Kernel, device: int) -> Any:
         if device not in kernel.compiled:
             try:
                 bounds = kernel.launch_bounds(torch.cuda.get_device_capability(device))
-                dispatcher = cuda.jit(kernel.signature, launch_bounds=bounds)(kernel.function)
+                with collector_paused():
+                    dispatcher = cuda.jit(kernel.signature, launch_bounds=bounds)(kernel.function)
                 kernel.compiled[device] = dispatcher.overloads[kernel.signature.args].library.get_cufunc().kernel
             except (ImportError, DynamicLibNotFoundError) as error:
                 extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"

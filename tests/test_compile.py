@@ -184,8 +184,16 @@ def test_compiled_dropout_is_shared_over_time(options):
     assert dropped[0].double().mean().item() == pytest.approx(0.4, abs=0.03)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["bidirectional", "equal sizes", "version 2", "pre norm"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("bidirectional", torch.bfloat16),
+        ("equal sizes", torch.float16),
+        ("version 2", torch.bfloat16),
+        ("pre norm", torch.float16),
+    ],
+    ids=str,
+)
 def test_compiled_autocast_matches_eager(name, dtype):
     rnn, x = make(name, dtype=torch.float32), torch.randn(7, 3, 6)
     c_0 = torch.zeros(rnn.num_layers * rnn.num_directions, 3, rnn.hidden_size)

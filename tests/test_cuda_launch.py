@@ -1,6 +1,7 @@
 """The launcher without a device: what reaches the driver, on which stream, and what is compiled when."""
 
 import contextlib
+import gc
 import sys
 import threading
 import types
@@ -23,6 +24,7 @@ class Driver:
     def __init__(self):
         self.stream, self.device, self.capturing, self.compiled, self.launched = 70, 0, False, [], []
         self.bound = []  # (thread, device)
+        self.collecting = []  # whether garbage was collected while one compiled
 
     @contextlib.contextmanager
     def use(self, device):
@@ -33,6 +35,7 @@ class Driver:
     def jit(self, signature, launch_bounds):
         def compile_for_device(function):
             self.compiled.append((function, launch_bounds, self.device))
+            self.collecting.append(gc.isenabled())
             compiled = types.SimpleNamespace(kernel=f"{function.__name__} on {self.device}")
             library = types.SimpleNamespace(get_cufunc=lambda: compiled)
             return types.SimpleNamespace(overloads={signature.args: types.SimpleNamespace(library=library)})
@@ -81,6 +84,12 @@ DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
 
 def launch(kernel=None, device=DEVICE, a=None, x=0.5, n=7):
     cuda_launch.launch(kernel or make_kernel(), device, (3, 2), (32, 4), (a, None), x, (n, 8))
+
+
+def test_garbage_collector_pauses_while_a_kernel_compiles(driver):
+    launch()
+    assert driver.collecting == [False]
+    assert gc.isenabled()
 
 
 def test_tensors_become_addresses(driver):

@@ -450,8 +450,17 @@ def test_autocast_accepts_what_other_layers_give_in_16_bits():
     torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.05, atol=0.05)
 
 
-@SIXTEEN
-@pytest.mark.parametrize("name", ["layers", "equal sizes", "version 2", "pre norm", "projection"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("layers", torch.bfloat16),
+        ("equal sizes", torch.float16),
+        ("version 2", torch.bfloat16),
+        ("pre norm", torch.float16),
+        ("projection", torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_parameters_may_have_16_bits(name, dtype):
     rnn = make(name, dtype=dtype)
     exact = make(name)
