@@ -13,7 +13,6 @@ after. One of backward takes all of both.
 
 import ctypes
 import functools
-import hashlib
 import pathlib
 import struct
 import threading
@@ -26,7 +25,7 @@ from numba import cfunc, types
 from torch import Tensor
 
 from . import cpu_intrinsics, recurrence
-from .compiling import collector_paused
+from .compiling import compile_or_load, hash_sources
 from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, prefer_wide_vectors, prefetch, store
 from .products import product
 from .recurrence import (
@@ -397,10 +396,7 @@ def _itemsize(storage: Any) -> int:
     return int(np.dtype(storage).itemsize)
 
 
-# Numba finds a kernel on disk by its name and by the contents of this file; the name holds those of the others.
-_SOURCES = hashlib.sha256(
-    b"".join(pathlib.Path(str(m.__file__)).read_bytes() for m in (recurrence, cpu_intrinsics))
-).hexdigest()[:16]
+_SOURCES = hash_sources(recurrence, cpu_intrinsics)
 
 
 class _Kernel(NamedTuple):
@@ -412,17 +408,10 @@ class _Kernel(NamedTuple):
 
 
 def _compile(function: Callable[..., None], options: Options, storage: Any) -> _Kernel:
-    """Compile a kernel, or load what an earlier process compiled and left on disk."""
-    function.__qualname__ = "_".join(
-        [function.__name__, np.dtype(storage).name, *map(str, map(int, options)), _SOURCES]
-    )
+    variant = np.dtype(storage).name, *map(int, options), _SOURCES
     # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
     how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-    with collector_paused():
-        try:
-            compiled = cfunc(types.void(types.int64), cache=True, **how)(function)
-        except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
-            compiled = cfunc(types.void(types.int64), **how)(function)
+    compiled = compile_or_load(cfunc, types.void(types.int64), function, variant, **how)
     return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address), compiled)
 
 

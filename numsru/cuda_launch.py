@@ -18,7 +18,7 @@ from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
 from torch import Tensor
 
-from .compiling import collector_paused
+from .compiling import compile_or_load
 
 _compiling = threading.Lock()
 _streams: dict[int, Stream] = {}  # by handle: making one costs more than a launch
@@ -40,13 +40,14 @@ class Kernel:
             arguments are of them.
         launch_bounds: Of a compute capability: the most threads of a block, and how many blocks a multiprocessor must
             be able to hold at once.
+        variant: All else that decides what is compiled: a part of the name on disk, see `compile_or_load`.
     """
 
     def __init__(
         self, function: Callable[..., None], signature: Any,
-        launch_bounds: Callable[[tuple[int, int]], tuple[int, int]],
+        launch_bounds: Callable[[tuple[int, int]], tuple[int, int]], variant: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        self.function, self.signature, self.launch_bounds = function, signature, launch_bounds
+        self.function, self.signature, self.launch_bounds, self.variant = function, signature, launch_bounds, variant
         self.real = np.float32 if float32 in signature.args else np.float64
         self.compiled: dict[int, Any] = {}  # by index of the device
 
@@ -103,8 +104,9 @@ def _compile(kernel: Kernel, device: int) -> Any:
         if device not in kernel.compiled:
             try:
                 bounds = kernel.launch_bounds(torch.cuda.get_device_capability(device))
-                with collector_paused():
-                    dispatcher = cuda.jit(kernel.signature, launch_bounds=bounds)(kernel.function)
+                dispatcher = compile_or_load(
+                    cuda.jit, kernel.signature, kernel.function, kernel.variant, launch_bounds=bounds
+                )
                 kernel.compiled[device] = dispatcher.overloads[kernel.signature.args].library.get_cufunc().kernel
             except (ImportError, DynamicLibNotFoundError) as error:
                 extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"

@@ -21,7 +21,7 @@ def warmup(module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
     nothing can be compiled while it is.
 
     Which kernels a call needs depends on options and dtypes, on which arguments are there and, on a GPU, roughly on
-    the sizes. On a CPU compiled kernels are kept on disk for later processes.
+    the sizes. Compiled kernels are kept on disk for later processes.
 
     Args:
         module: What is going to be called: an :class:`numsru.SRU`, or a model with some inside. Default: all that

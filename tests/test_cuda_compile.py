@@ -1,6 +1,7 @@
 """The kernels compiled for several GPUs, without one: their resources, their instructions; no compiler at all."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -214,6 +215,66 @@ def test_next_tile_is_copied_while_one_is_computed(make_kernel, options, tile, d
     assert set(what[copies + 1 : next_copies]) == {"ld.shared"}  # all that was copied, before it is written over
     assert what[next_copies : next_copies + copies] == [start] * copies
     assert start not in what[next_copies + copies :]
+
+
+# Everything but the driver: prints how many kernels were compiled, and the code that would have been loaded.
+ON_DISK = """
+import hashlib, types
+import torch
+from numba.cuda import dispatcher
+from numba.cuda.cudadrv import devices
+from numsru import cuda_launch
+from numsru.cuda_kernels import STORAGE, Tile, WHOLE, _kernel, backward_kernel, forward_kernel
+from numsru.recurrence import NO_SKIP, Options
+
+loaded, compiled, compile_kernel = hashlib.sha256(), [], dispatcher._Kernel.__init__
+device = types.SimpleNamespace(compute_capability=(9, 0), id=0)
+
+def load(cubin, *_):
+    loaded.update(cubin.code)
+    function = types.SimpleNamespace(kernel=None, module=types.SimpleNamespace(initialized=True))
+    return types.SimpleNamespace(get_function=lambda name: function)
+
+def count(self, *args, **options):
+    compiled.append(self)
+    compile_kernel(self, *args, **options)
+
+dispatcher._Kernel.__init__ = count
+dispatcher.get_current_device = lambda: device
+devices.get_context = lambda *_: types.SimpleNamespace(device=device, create_module_image=load)
+torch.cuda.is_current_stream_capturing = lambda: False
+torch.cuda.get_device_capability = lambda device: (9, 0)
+options, tile = Options(nonlinearity=0, skip=NO_SKIP, save_c=True), Tile(128, 1, 1)
+for make_kernel, dtype in ((forward_kernel, torch.float32), (backward_kernel, torch.bfloat16)):
+    cuda_launch._compile(_kernel(make_kernel, options, STORAGE[dtype], tile, WHOLE), 0)
+print(len(compiled), loaded.hexdigest())
+"""
+
+
+@needs_compiler
+def test_compiled_kernels_are_kept_on_disk(tmp_path):
+    def run(folder):
+        command, environment = [sys.executable, "-c", ON_DISK], os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        compiled, loaded = done.stdout.split()
+        return int(compiled), loaded
+
+    compiled, loaded = run(tmp_path)
+    assert compiled == 2
+    assert run(tmp_path) == (0, loaded)
+    for path in (*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")):
+        path.write_bytes(b"damaged")
+    assert run(tmp_path) == (2, loaded)
+
+
+def test_every_kernel_has_a_name_of_its_own_on_disk():
+    kernels = [
+        _kernel(make_kernel, options, tile, dtype, stage)
+        for options, tiles, dtype, stage in COMPILED
+        for make_kernel, tile in zip((forward_kernel, backward_kernel), tiles, strict=True)
+    ]
+    names = {(kernel.function.__name__, *map(str, kernel.variant)) for kernel in kernels}
+    assert len(names) == len(set(kernels))
 
 
 @pytest.mark.parametrize("error", [NvvmSupportError, DynamicLibNotFoundError])

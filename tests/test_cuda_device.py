@@ -227,6 +227,36 @@ def test_a_compiled_module_matches_eager(options):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+ON_DISK = """
+import torch, numsru
+from numba.cuda import dispatcher
+
+compiled, compile_kernel = [], dispatcher._Kernel.__init__
+
+def count(self, *args, **options):
+    compiled.append(self)
+    compile_kernel(self, *args, **options)
+
+dispatcher._Kernel.__init__ = count
+torch.manual_seed(0)
+shapes = (9, 3, 1, 3, 8), (9, 3, 8), (1, 2, 8)
+u, x, bias = (torch.randn(*shape, device="cuda", requires_grad=True) for shape in shapes)
+h, c_n = numsru.sru_recurrence(u, x, bias)
+grads = torch.autograd.grad(h.sum() + c_n.sum(), (u, x, bias))
+print(len(compiled), [a.double().sum().item() for a in (h, c_n, *grads)])
+"""
+
+
+def test_next_process_runs_the_kernels_that_were_kept_on_disk(tmp_path):
+    command, environment = [sys.executable, "-c", ON_DISK], os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    printed = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split(maxsplit=1)
+        for _ in range(2)
+    ]
+    assert [compiled for compiled, _ in printed] == ["2", "0"]
+    assert printed[0][1] == printed[1][1]
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     if shutil.which("compute-sanitizer") is None:

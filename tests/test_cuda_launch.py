@@ -32,7 +32,7 @@ class Driver:
         yield
         self.device = before
 
-    def jit(self, signature, launch_bounds):
+    def jit(self, signature, cache, launch_bounds):
         def compile_for_device(function):
             self.compiled.append((function, launch_bounds, self.device))
             self.collecting.append(gc.isenabled())
@@ -76,7 +76,8 @@ def other_function(a, b, x, n, m):
 
 
 def make_kernel(function=function, real=float32):
-    return Kernel(function, void(CPointer(real), CPointer(real), real, int64, int64), lambda cc: (128, cc[0]))
+    signature = void(CPointer(real), CPointer(real), real, int64, int64)
+    return Kernel(function, signature, lambda cc: (128, cc[0]), ("variant",))
 
 
 DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
