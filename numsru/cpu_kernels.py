@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numba import cfunc, types
+from numba.core.registry import cpu_target
 from torch import Tensor
 
 from . import cpu_intrinsics, recurrence
-from .compiling import compile_or_load, hash_sources
+from .compiling import compile_or_load
 from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, prefer_wide_vectors, prefetch, store
 from .products import product
 from .recurrence import (
@@ -396,9 +397,6 @@ def _itemsize(storage: Any) -> int:
     return int(np.dtype(storage).itemsize)
 
 
-_SOURCES = hash_sources(recurrence, cpu_intrinsics)
-
-
 class _Kernel(NamedTuple):
     """A compiled kernel: its address, and a Python function that calls it with the words it takes."""
 
@@ -408,10 +406,11 @@ class _Kernel(NamedTuple):
 
 
 def _compile(function: Callable[..., None], options: Options, storage: Any) -> _Kernel:
-    variant = np.dtype(storage).name, *map(int, options), _SOURCES
+    processor = cpu_target.target_context.codegen().magic_tuple()
     # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
     how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-    compiled = compile_or_load(cfunc, types.void(types.int64), function, variant, **how)
+    what, helpers = (options, storage, processor), [recurrence, cpu_intrinsics]
+    compiled = compile_or_load(cfunc, types.void(types.int64), function, what, helpers, **how)
     return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address), compiled)
 
 

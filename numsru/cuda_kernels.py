@@ -25,8 +25,7 @@ from numba import cuda, float32, float64, int32, int64, types, uint8, uint32, ui
 from numba.types import float16
 from torch import Tensor
 
-from . import cuda_intrinsics, cuda_launch, recurrence
-from .compiling import hash_sources
+from . import cuda_launch
 from .cuda_intrinsics import (
     BFLOAT16,
     WORDS,
@@ -804,17 +803,14 @@ def _plan(
     return _Plan(kernels, (blocks, spans), (tile.columns, tile.chunks), tile, spans, span_tiles)
 
 
-_SOURCES = hash_sources(recurrence, cuda_intrinsics)
-
-
 @functools.cache
 def _kernel(
     make_kernel: Callable[..., Any], options: Options, storage: Storage, tile: Tile, stage: int
 ) -> cuda_launch.Kernel:
     signature = signatures(options, storage, tile)[make_kernel is backward_kernel]
     bounds = functools.partial(launch_bounds, make_kernel, options, storage, tile)
-    variant = storage.number, *map(int, options), *tile, stage, _SOURCES
-    return cuda_launch.Kernel(make_kernel(options, storage, tile, stage), signature, bounds, variant)
+    what = options, storage, tile, stage
+    return cuda_launch.Kernel(make_kernel(options, storage, tile, stage), signature, bounds, what)
 
 
 def launch_bounds(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numba_cuda
 import numpy as np
 import torch
 from cuda.core import Device, LaunchConfig, Stream
@@ -18,6 +19,7 @@ from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
 from torch import Tensor
 
+from . import cuda_intrinsics, recurrence
 from .compiling import compile_or_load
 
 _compiling = threading.Lock()
@@ -40,14 +42,14 @@ class Kernel:
             arguments are of them.
         launch_bounds: Of a compute capability: the most threads of a block, and how many blocks a multiprocessor must
             be able to hold at once.
-        variant: All else that decides what is compiled: a part of the name on disk, see `compile_or_load`.
+        what: All that `function` was made from.
     """
 
     def __init__(
         self, function: Callable[..., None], signature: Any,
-        launch_bounds: Callable[[tuple[int, int]], tuple[int, int]], variant: tuple[Any, ...],
+        launch_bounds: Callable[[tuple[int, int]], tuple[int, int]], what: Any,
     ) -> None:  # fmt: skip
-        self.function, self.signature, self.launch_bounds, self.variant = function, signature, launch_bounds, variant
+        self.function, self.signature, self.launch_bounds, self.what = function, signature, launch_bounds, what
         self.real = np.float32 if float32 in signature.args else np.float64
         self.compiled: dict[int, Any] = {}  # by index of the device
 
@@ -93,6 +95,15 @@ def launch(
     launch_on_stream(stream, _config(blocks, block), compiled, *addresses, kernel.real(factor), *numbers)
 
 
+def _jit(signature: Any, **how: Any) -> Callable[[Callable[..., None]], Any]:
+    """`cuda.jit`, up to what is launched: so that code on disk that cannot be loaded is compiled anew."""
+
+    def compile_and_load(function: Callable[..., None]) -> Any:
+        return cuda.jit(signature, **how)(function).overloads[signature.args].library.get_cufunc().kernel
+
+    return compile_and_load
+
+
 def _compile(kernel: Kernel, device: int) -> Any:
     """The kernel, compiled for the current device and loaded there."""
     if torch.cuda.is_current_stream_capturing():
@@ -103,11 +114,11 @@ def _compile(kernel: Kernel, device: int) -> Any:
     with _compiling:
         if device not in kernel.compiled:
             try:
-                bounds = kernel.launch_bounds(torch.cuda.get_device_capability(device))
-                dispatcher = compile_or_load(
-                    cuda.jit, kernel.signature, kernel.function, kernel.variant, launch_bounds=bounds
-                )
-                kernel.compiled[device] = dispatcher.overloads[kernel.signature.args].library.get_cufunc().kernel
+                capability = torch.cuda.get_device_capability(device)
+                kernel.compiled[device] = compile_or_load(
+                    _jit, kernel.signature, kernel.function, (kernel.what, capability, numba_cuda.__version__),
+                    [cuda_intrinsics, recurrence], launch_bounds=kernel.launch_bounds(capability),
+                )  # fmt: skip
             except (ImportError, DynamicLibNotFoundError) as error:
                 extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
                 raise RuntimeError(

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-# Compilers, of numsru and of torch, make very many objects: Python searched for cyclic garbage in a tenth of the time.
+# Compilers, of numsru and of torch, make very many objects: searching them for cyclic garbage took a tenth of the time.
 gc.set_threshold(50_000)
 
 

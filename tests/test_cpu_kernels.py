@@ -1,6 +1,5 @@
 """The CPU kernels against the float64 reference; threads; accuracy of the float32 functions; vectorisation."""
 
-import gc
 import re
 import subprocess
 import sys
@@ -372,33 +371,6 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path):
     assert len(kept) == 2  # forward and backward
     assert _run_with_cache(tmp_path) == "True"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
-
-
-def test_damaged_files_on_disk_are_passed_over(tmp_path):
-    _run_with_cache(tmp_path)
-    for path in (*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")):
-        path.write_bytes(b"damaged")
-    assert _run_with_cache(tmp_path) == "True"
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_collector_pauses_while_a_kernel_compiles(monkeypatch, enabled):
-    paused = []
-
-    def cfunc(signature, **how):
-        paused.append(not gc.isenabled())
-        raise RuntimeError("cannot compile")
-
-    monkeypatch.setattr(cpu_kernels, "cfunc", cfunc)
-    try:
-        if not enabled:
-            gc.disable()
-        with pytest.raises(RuntimeError, match="cannot compile"):
-            cpu_kernels._compile(lambda args: None, Options(), np.float32)
-        assert paused == [True, True]  # with the cache on disk and without
-        assert gc.isenabled() is enabled
-    finally:
-        gc.enable()
 
 
 def test_cache_folder_need_not_be_writable(tmp_path):

@@ -1,7 +1,6 @@
 """The launcher without a device: what reaches the driver, on which stream, and what is compiled when."""
 
 import contextlib
-import gc
 import sys
 import threading
 import types
@@ -24,7 +23,8 @@ class Driver:
     def __init__(self):
         self.stream, self.device, self.capturing, self.compiled, self.launched = 70, 0, False, [], []
         self.bound = []  # (thread, device)
-        self.collecting = []  # whether garbage was collected while one compiled
+        self.names = []  # of what is compiled
+        self.loads = True  # whether code from disk can be loaded
 
     @contextlib.contextmanager
     def use(self, device):
@@ -32,12 +32,17 @@ class Driver:
         yield
         self.device = before
 
-    def jit(self, signature, cache, launch_bounds):
+    def jit(self, signature, launch_bounds, cache=False):
         def compile_for_device(function):
             self.compiled.append((function, launch_bounds, self.device))
-            self.collecting.append(gc.isenabled())
-            compiled = types.SimpleNamespace(kernel=f"{function.__name__} on {self.device}")
-            library = types.SimpleNamespace(get_cufunc=lambda: compiled)
+            self.names.append(function.__qualname__)
+
+            def load():
+                if cache and not self.loads:
+                    raise RuntimeError("CUDA_ERROR_INVALID_IMAGE")
+                return types.SimpleNamespace(kernel=f"{function.__name__} on {self.device}")
+
+            library = types.SimpleNamespace(get_cufunc=load)
             return types.SimpleNamespace(overloads={signature.args: types.SimpleNamespace(library=library)})
 
         return compile_for_device
@@ -77,7 +82,7 @@ def other_function(a, b, x, n, m):
 
 def make_kernel(function=function, real=float32):
     signature = void(CPointer(real), CPointer(real), real, int64, int64)
-    return Kernel(function, signature, lambda cc: (128, cc[0]), ("variant",))
+    return Kernel(function, signature, lambda cc: (128, cc[0]), "what it is made from")
 
 
 DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -87,10 +92,18 @@ def launch(kernel=None, device=DEVICE, a=None, x=0.5, n=7):
     cuda_launch.launch(kernel or make_kernel(), device, (3, 2), (32, 4), (a, None), x, (n, 8))
 
 
-def test_garbage_collector_pauses_while_a_kernel_compiles(driver):
+def test_code_on_disk_that_cannot_be_loaded_is_compiled_anew(driver):
+    driver.loads = False
     launch()
-    assert driver.collecting == [False]
-    assert gc.isenabled()
+    assert len(driver.compiled) == 2
+    assert driver.launched[0].compiled == "function on 0"
+
+
+def test_kernels_of_two_capabilities_have_two_names_on_disk(driver):
+    kernel = make_kernel()
+    for device in (DEVICE, OTHER_DEVICE):
+        launch(kernel, device)
+    assert len(set(driver.names)) == 2
 
 
 def test_tensors_become_addresses(driver):

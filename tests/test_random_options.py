@@ -15,7 +15,7 @@ from numsru import sru_recurrence
 def draw(seed: int) -> Case:
     choose = random.Random(seed).choice
     return Case(
-        L=choose([0, 1, 2, 7, 16, 33]),
+        L=choose([1, 7, 16, 33]),
         B=choose([1, 2, 3, 5]),
         D=choose([1, 2]),
         H=choose([1, 3, 8, 17, 40]),
