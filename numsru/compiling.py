@@ -50,7 +50,8 @@ def _collector_paused() -> Iterator[None]:
     """Keep Python from searching for cyclic garbage inside a `with` statement, in all threads.
 
     Numba makes so many objects that it would be searched for hundreds of times, and the whole program several times:
-    a sixth to a third of the time that compiling takes, and more where the program holds many objects.
+    a sixth to a third of the time that compiling takes, and more where the program holds many objects. A process that
+    another thread forks meanwhile does not search.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -414,7 +414,7 @@ def test_two_processes_that_are_killed_learn_what_one_learns(tmp_path):
     assert state is None or state[0].shape == (2, 8, 16)
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "goes on after step" in done.stdout
     one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["processes"] == 2
