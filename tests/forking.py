@@ -9,7 +9,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
-MODULES = ["forking", "numsru", "train_classifier", "classification", "train_lm"]
+# The last is imported by optimizers when they are made, and takes longer than all that a process does besides.
+MODULES = ["forking", "numsru", "train_classifier", "classification", "train_lm", "torch._dynamo"]
 
 
 def start(main: Callable[[list[str]], int], argv: list[str]) -> BaseProcess:
