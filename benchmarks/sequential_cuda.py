@@ -8,6 +8,8 @@ import torch
 from numba import config, cuda
 from torch import Tensor
 
+import numsru.cuda_intrinsics  # noqa: F401  (without which numba-cuda cannot compile beside NumPy 2.5)
+
 from . import sequential
 
 THREADS = 128
