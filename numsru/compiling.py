@@ -1,62 +1,49 @@
 """Compile a kernel, for a CPU or a GPU, or load what an earlier process compiled and left on disk."""
 
 import contextlib
-import gc
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
 
+# All that kernels are compiled from, read when it is imported: later there may be other files in its place.
+_SOURCES = b"".join(
+    path.read_bytes()
+    for files in ("recurrence.py", "*_intrinsics.py", "*_kernels.py")
+    for path in sorted(pathlib.Path(__file__).parent.glob(files))
+)
+
 
 def compile_or_load(
-    jit: Callable[..., Any], signature: Any, function: Callable[..., None], what: Any, helpers: list[ModuleType],
-    **how: Any,
-) -> Any:  # fmt: skip
+    jit: Callable[..., Any], signature: Any, function: Callable[..., None], what: Any, **how: Any
+) -> Any:
     """What `jit(signature, **how)` makes of a function, which gets a new name: Numba finds it on disk by that.
 
     Args:
         what: All else that decides what is made of it: the values that the function holds, and the processor.
-        helpers: The modules, besides its own, of all that the function calls.
     """
-    with _collector_paused():
-        try:
-            function.__qualname__ = f"{function.__name__}_{_hash(function, what, helpers, how)}"
-            return jit(signature, cache=True, **how)(function)
-        except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
-            with contextlib.suppress(Exception):
-                FunctionCache(function).flush()  # what is damaged, the next process shall not find again
-        return jit(signature, **how)(function)
-
-
-def _hash(function: Callable[..., None], what: Any, helpers: list[ModuleType], how: dict[str, Any]) -> str:
-    """A name that no two kernels share.
-
-    Numba's own index looks at less: of what a kernel for a GPU calls, at the time and the size of one file. And where
-    one name stands for two kernels, of two releases or two processors, processes that write at once can mix them up.
-    """
-    config = numba.config.OPT, numba.config.DEBUGINFO_DEFAULT, numba.config.CUDA_DEBUGINFO_DEFAULT
-    digest = hashlib.sha256(repr((what, sorted(how.items()), config, numba.__version__)).encode())
-    for path in (function.__code__.co_filename, *(str(module.__file__) for module in helpers)):
-        digest.update(pathlib.Path(path).read_bytes())
-    return digest.hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep Python from searching for cyclic garbage inside a `with` statement, in all threads.
-
-    Numba makes so many objects that it would be searched for hundreds of times, and the whole program several times:
-    a sixth to a third of the time that compiling takes, and more where the program holds many objects. A process that
-    another thread forks meanwhile does not search.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
+    function.__qualname__ = f"{function.__name__}_{_hash(signature, what, how)}"
     try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        return jit(signature, cache=True, **how)(function)
+    except Exception:  # nowhere to write to, a full disk, or a file that is damaged: whatever the cache may raise
+        pass
+    compiled = jit(signature, **how)(function)  # where the cache is not to blame, this raises the error again
+    with contextlib.suppress(Exception):
+        FunctionCache(function).flush()  # what is damaged, the next process shall not find again
+    return compiled
+
+
+def _hash(signature: Any, what: Any, how: dict[str, Any]) -> str:
+    """A name for what is compiled from just these sources, in this way, for this processor.
+
+    Numba's own index knows only the file in which the kernel stands, for a GPU only its time and size, and none of the
+    others whose functions it calls. And where one name stands for two kernels, of two releases or two processors,
+    processes that write at once can mix them up.
+    """
+    config = numba.config
+    settings = config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT
+    parts = str(signature), what, sorted(how.items()), settings, config.CUDA_DEBUGINFO_DEFAULT, numba.__version__
+    return hashlib.sha256(_SOURCES + repr(parts).encode()).hexdigest()[:32]

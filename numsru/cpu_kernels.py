@@ -25,7 +25,6 @@ from numba import cfunc, types
 from numba.core.registry import cpu_target
 from torch import Tensor
 
-from . import cpu_intrinsics, recurrence
 from .compiling import compile_or_load
 from .cpu_intrinsics import BFLOAT16, READ, fetch_add, inlined, load, prefer_wide_vectors, prefetch, store
 from .products import product
@@ -406,11 +405,10 @@ class _Kernel(NamedTuple):
 
 
 def _compile(function: Callable[..., None], options: Options, storage: Any) -> _Kernel:
-    processor = cpu_target.target_context.codegen().magic_tuple()
+    what = options, storage, cpu_target.target_context.codegen().magic_tuple()  # the last: of the processor
     # a * b + c may be rounded once; nothing is reordered, and NaN and infinity keep their meaning.
     how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-    what, helpers = (options, storage, processor), [recurrence, cpu_intrinsics]
-    compiled = compile_or_load(cfunc, types.void(types.int64), function, what, helpers, **how)
+    compiled = compile_or_load(cfunc, types.void(types.int64), function, what, **how)
     return _Kernel(compiled.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address), compiled)
 
 

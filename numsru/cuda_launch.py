@@ -19,7 +19,6 @@ from cuda.pathfinder import DynamicLibNotFoundError
 from numba import cuda, float32
 from torch import Tensor
 
-from . import cuda_intrinsics, recurrence
 from .compiling import compile_or_load
 
 _compiling = threading.Lock()
@@ -117,7 +116,7 @@ def _compile(kernel: Kernel, device: int) -> Any:
                 capability = torch.cuda.get_device_capability(device)
                 kernel.compiled[device] = compile_or_load(
                     _jit, kernel.signature, kernel.function, (kernel.what, capability, numba_cuda.__version__),
-                    [cuda_intrinsics, recurrence], launch_bounds=kernel.launch_bounds(capability),
+                    launch_bounds=kernel.launch_bounds(capability),
                 )  # fmt: skip
             except (ImportError, DynamicLibNotFoundError) as error:
                 extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"

@@ -1,14 +1,16 @@
 """What is kept on disk: found again, unless anything differs, and harmless where it is damaged."""
 
-import gc
 import types
+from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 from numba import cfunc, int64
 
-from numsru import recurrence
+from numsru import compiling, cpu_intrinsics, cpu_kernels, recurrence
 from numsru.compiling import _hash, compile_or_load
+from numsru.recurrence import Options
 
 SIGNATURE = int64(int64)
 
@@ -26,9 +28,9 @@ def folder(monkeypatch, tmp_path):
     return tmp_path
 
 
-def add(n, what=None):
-    """A compiled function that adds n, and whether it was loaded."""
-    compiled = compile_or_load(cfunc, SIGNATURE, make(n), what or n, [recurrence])
+def add(n):
+    """Compile a function that adds n. Whether it was loaded."""
+    compiled = compile_or_load(cfunc, SIGNATURE, make(n), n)
     assert compiled.ctypes(1) == 1 + n
     return compiled.cache_hits == 1
 
@@ -38,30 +40,45 @@ def test_what_was_compiled_is_loaded(folder):
     assert len([*folder.rglob("*.nbc")]) == 2
 
 
-def helper(path, text):
-    path.write_text(text)
-    return types.SimpleNamespace(__file__=str(path))
+def test_whatever_differs_is_compiled(monkeypatch):
+    def name(signature=SIGNATURE, what=(1, "zen4"), **how):
+        return _hash(signature, what, how)
 
-
-def test_whatever_differs_is_compiled(monkeypatch, tmp_path):
-    function, path = make(1), tmp_path / "helper.py"
-
-    def name(function=function, what=(1, "zen4"), text="a = 1", **how):
-        return _hash(function, what, [recurrence, helper(path, text)], how)
-
-    names = [name(), name(what=(2, "zen4")), name(what=(1, "zen5")), name(text="a = 2"), name(fastmath=True)]
-    elsewhere = helper(tmp_path / "elsewhere.py", "# another file\n").__file__
-    code = function.__code__.replace(co_filename=elsewhere)
-    names.append(name(types.FunctionType(code, {}, closure=function.__closure__)))
-    for setting in ("OPT", "DEBUGINFO_DEFAULT", "CUDA_DEBUGINFO_DEFAULT"):
+    names = [name(), name(int64(int64, int64)), name(what=(2, "zen4")), name(what=(1, "zen5")), name(fastmath=True)]
+    settings = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "CUDA_DEBUGINFO_DEFAULT")
+    for owner, attribute in (
+        *((numba.config, setting) for setting in settings),
+        (numba, "__version__"),
+        (compiling, "_SOURCES"),
+    ):
         with monkeypatch.context() as changed:
-            changed.setattr(numba.config, setting, "another")
+            changed.setattr(owner, attribute, b"another")
             names.append(name())
-    monkeypatch.setattr(numba, "__version__", "another")
-    names.append(name())
-    assert len(set(names)) == len(names) == 10
-    monkeypatch.undo()
+    assert len(set(names)) == len(names) == 12
     assert name() == names[0]
+
+
+def test_all_files_of_kernels_are_looked_at():
+    for module in (recurrence, cpu_intrinsics, cpu_kernels):
+        assert Path(module.__file__).read_bytes() in compiling._SOURCES
+        for cuda in (Path(module.__file__).parent / name for name in ("cuda_intrinsics.py", "cuda_kernels.py")):
+            assert cuda.read_bytes() in compiling._SOURCES
+
+
+def test_cpu_kernels_are_told_apart_by_all_that_they_are_made_from(monkeypatch):
+    names = []
+
+    def compile_or_load(jit, signature, function, what, **how):
+        names.append(_hash(signature, what, how))
+        return types.SimpleNamespace(address=1)
+
+    monkeypatch.setattr(cpu_kernels, "compile_or_load", compile_or_load)
+    for options, storage in ((Options(), np.float32), (Options(save_c=True), np.float32), (Options(), np.float64)):
+        cpu_kernels._compile(lambda args: None, options, storage)
+    codegen = cpu_kernels.cpu_target.target_context.codegen()
+    monkeypatch.setattr(type(codegen), "magic_tuple", lambda self: "another processor")
+    cpu_kernels._compile(lambda args: None, Options(), np.float32)
+    assert len(set(names)) == 4
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
@@ -81,25 +98,16 @@ def test_nothing_has_to_be_written(folder):
             raise OSError("no space left on device")
         return cfunc(signature)
 
-    assert compile_or_load(jit, SIGNATURE, make(3), 3, []).ctypes(1) == 4
+    assert compile_or_load(jit, SIGNATURE, make(3), 3).ctypes(1) == 4
     assert tried == [True, False]
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_collector_pauses_meanwhile(folder, enabled):
-    paused = []
+def test_error_of_the_compiler_leaves_what_is_on_disk(folder):
+    def jit(signature, **how):
+        raise MemoryError
 
-    def jit(signature, cache=False):
-        paused.append(not gc.isenabled())
-        raise RuntimeError("cannot compile")
-
-    try:
-        if not enabled:
-            gc.disable()
-        with pytest.raises(RuntimeError, match="cannot compile") as error:
-            compile_or_load(jit, SIGNATURE, make(1), 1, [])
-        assert error.value.__context__ is None  # one error, not that of the first attempt as well
-        assert paused == [True, True]
-        assert gc.isenabled() is enabled
-    finally:
-        gc.enable()
+    add(1)
+    with pytest.raises(MemoryError) as error:
+        compile_or_load(jit, SIGNATURE, make(1), 1)
+    assert error.value.__context__ is None  # not two errors, of both attempts
+    assert add(1)

@@ -1,14 +1,17 @@
 """The kernels compiled for several GPUs, without one: their resources, their instructions; no compiler at all."""
 
 import functools
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import cuda_without_gpu  # skips this file where numba.cuda cannot be imported
+import numba
 import pytest
 import torch
 from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -23,6 +26,7 @@ from numsru.recurrence import (
     IDENTITY,
     LENGTHS,
     MASK,
+    NO_PADDING,
     NO_SKIP,
     PACKED,
     RELU,
@@ -35,7 +39,9 @@ from numsru.recurrence import (
 if SIMULATED:
     pytest.skip("unset NUMBA_ENABLE_CUDASIM to compile the kernels", allow_module_level=True)
 
-from numba.cuda.cudadrv.error import NvvmSupportError  # the simulator has none
+from numba.cuda import dispatcher  # the simulator has none of these
+from numba.cuda.cudadrv import devices
+from numba.cuda.cudadrv.error import NvvmSupportError
 
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -217,51 +223,47 @@ def test_next_tile_is_copied_while_one_is_computed(make_kernel, options, tile, d
     assert start not in what[next_copies + copies :]
 
 
-# Everything but the driver: prints how many kernels were compiled, and the code that would have been loaded.
-ON_DISK = """
-import hashlib, types
-import torch
-from numba.cuda import dispatcher
-from numba.cuda.cudadrv import devices
-from numsru import cuda_launch
-from numsru.cuda_kernels import STORAGE, Tile, WHOLE, _kernel, backward_kernel, forward_kernel
-from numsru.recurrence import NO_SKIP, Options
+def compile_without_driver():
+    """How many kernels are compiled, not loaded from disk, and a hash of the code that a device would be given."""
+    compiled, code, compile_kernel = [], hashlib.sha256(), dispatcher._Kernel.__init__
+    device = types.SimpleNamespace(compute_capability=(9, 0), id=0)
 
-loaded, compiled, compile_kernel = hashlib.sha256(), [], dispatcher._Kernel.__init__
-device = types.SimpleNamespace(compute_capability=(9, 0), id=0)
+    def count(self, *args, **options):
+        compiled.append(self)
+        compile_kernel(self, *args, **options)
 
-def load(cubin, *_):
-    loaded.update(cubin.code)
-    function = types.SimpleNamespace(kernel=None, module=types.SimpleNamespace(initialized=True))
-    return types.SimpleNamespace(get_function=lambda name: function)
+    def load(cubin, *_):
+        code.update(cubin.code)
+        function = types.SimpleNamespace(kernel=None, module=types.SimpleNamespace(initialized=True))
+        return types.SimpleNamespace(get_function=lambda name: function)
 
-def count(self, *args, **options):
-    compiled.append(self)
-    compile_kernel(self, *args, **options)
-
-dispatcher._Kernel.__init__ = count
-dispatcher.get_current_device = lambda: device
-devices.get_context = lambda *_: types.SimpleNamespace(device=device, create_module_image=load)
-torch.cuda.is_current_stream_capturing = lambda: False
-torch.cuda.get_device_capability = lambda device: (9, 0)
-options, tile = Options(nonlinearity=0, skip=NO_SKIP, save_c=True), Tile(128, 1, 1)
-for make_kernel, dtype in ((forward_kernel, torch.float32), (backward_kernel, torch.bfloat16)):
-    cuda_launch._compile(_kernel(make_kernel, options, STORAGE[dtype], tile, WHOLE), 0)
-print(len(compiled), loaded.hexdigest())
-"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher._Kernel, "__init__", count)
+        patch.setattr(dispatcher, "get_current_device", lambda: device)
+        context = types.SimpleNamespace(device=device, create_module_image=load)
+        patch.setattr(devices, "get_context", lambda *_: context)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        for make_kernel, dtype in ((forward_kernel, float32), (backward_kernel, bfloat16)):
+            tile, options = Tile(128, 1, 1), BARE._replace(padding=NO_PADDING)
+            kernel = cuda_kernels._kernel.__wrapped__(make_kernel, options, STORAGE[dtype], tile, WHOLE)
+            cuda_launch._compile(kernel, 0)
+    return len(compiled), code.hexdigest()
 
 
 @needs_compiler
-def test_compiled_kernels_are_kept_on_disk(tmp_path):
-    def run(folder):
-        command, environment = [sys.executable, "-c", ON_DISK], os.environ | {"NUMBA_CACHE_DIR": str(folder)}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        compiled, loaded = done.stdout.split()
-        return int(compiled), loaded
-
-    compiled, loaded = run(tmp_path)
-    assert compiled == 2
-    assert run(tmp_path) == (0, loaded)
+def test_compiled_kernels_are_kept_on_disk(monkeypatch, tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cuda_compile as t; "
+    command = [sys.executable, "-c", program + "print(*t.compile_without_driver())"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    compiled, code = done.stdout.split()
+    assert compiled == "2"
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert compile_without_driver() == (0, code)
+    for path in tmp_path.rglob("*.nbc"):
+        path.write_bytes(b"damaged")
+    assert [compile_without_driver()[0] for _ in range(3)] == [2, 2, 0]  # not kept, kept, loaded
 
 
 def test_kernels_on_disk_are_told_apart_by_all_that_they_are_made_from():

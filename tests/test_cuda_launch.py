@@ -6,6 +6,7 @@ import threading
 import types
 
 import cuda_without_gpu  # noqa: F401  skips this file where numba.cuda cannot be imported
+import numba
 import numpy as np
 import pytest
 import torch
@@ -55,7 +56,7 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch):
+def driver(monkeypatch, tmp_path):
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "device", driver.use)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.device)
@@ -67,6 +68,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda_launch.cuda, "jit", driver.jit)
     monkeypatch.setattr(cuda_launch, "_streams", {})
     monkeypatch.setattr(cuda_launch, "_thread", cuda_launch._Thread())
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     bind = lambda index: driver.bound.append((threading.get_ident(), index))  # noqa: E731
     monkeypatch.setattr(cuda_launch, "Device", lambda index: types.SimpleNamespace(set_current=lambda: bind(index)))
     return driver
@@ -103,6 +105,13 @@ def test_kernels_of_two_capabilities_have_two_names_on_disk(driver):
     kernel = make_kernel()
     for device in (DEVICE, OTHER_DEVICE):
         launch(kernel, device)
+    assert len(set(driver.names)) == 2
+
+
+def test_kernels_of_two_releases_of_the_compiler_have_two_names_on_disk(driver, monkeypatch):
+    for version in ("1", "2"):
+        monkeypatch.setattr(cuda_launch.numba_cuda, "__version__", version)
+        launch()
     assert len(set(driver.names)) == 2
 
 
