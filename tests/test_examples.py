@@ -334,20 +334,25 @@ def test_run_killed_ten_times_gives_the_figures_of_an_undisturbed_one(tmp_path):
     assert forking.finish(train_classifier.main, [*argv, str(tmp_path / "undisturbed")]) == 0
     epochs = json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())["epochs"]
     seconds = statistics.median(epoch["seconds"] for epoch in epochs)
-    moments, kills = random.Random(0), 0
-    metrics = tmp_path / "killed" / "metrics.json"
-    while kills < 10:
-        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    moments, metrics = random.Random(0), tmp_path / "killed" / "metrics.json"
+
+    def written():
+        """When metrics.json was written, and of how many epochs."""
+        if not metrics.exists():
+            return 0, 0
+        return metrics.stat().st_mtime_ns, len(json.loads(metrics.read_text())["epochs"])
+
+    for kill in range(10):
+        before = written()
         process = forking.start(train_classifier.main, [*argv, str(tmp_path / "killed")])
-        while not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+        # In turns before, in or after its first epoch, and some time after that.
+        while written()[kill % 2] <= before[kill % 2]:
             assert process.is_alive(), "the run ended before it was killed ten times"
             time.sleep(0.001)
-        # Before, in and after the first epochs of this process.
         time.sleep(moments.uniform(0, 4 * seconds))
         process.kill()
         process.join()
-        kills += 1
-    assert 0 < len(json.loads(metrics.read_text())["epochs"]) < 60
+    assert 5 <= written()[1] < 60
     assert forking.finish(train_classifier.main, [*argv, str(tmp_path / "killed")]) == 0
     assert figures_of(tmp_path / "killed") == figures_of(tmp_path / "undisturbed")
 
