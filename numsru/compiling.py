@@ -15,6 +15,8 @@ _SOURCES = b"".join(
     for files in ("recurrence.py", "*_intrinsics.py", "*_kernels.py")
     for path in sorted(pathlib.Path(__file__).parent.glob(files))
 )
+# Of Numba's, those that change what it makes of a kernel.
+_SETTINGS = "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "CUDA_DEBUGINFO_DEFAULT"
 
 
 def compile_or_load(
@@ -43,7 +45,6 @@ def _hash(signature: Any, what: Any, how: dict[str, Any]) -> str:
     others whose functions it calls. And where one name stands for two kernels, of two releases or two processors,
     processes that write at once can mix them up.
     """
-    config = numba.config
-    settings = config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT
-    parts = str(signature), what, sorted(how.items()), settings, config.CUDA_DEBUGINFO_DEFAULT, numba.__version__
+    settings = [getattr(numba.config, name) for name in _SETTINGS]
+    parts = str(signature), what, sorted(how.items()), settings, numba.__version__
     return hashlib.sha256(_SOURCES + repr(parts).encode()).hexdigest()[:32]
